@@ -1,0 +1,19 @@
+"""The one exception that means "the input is wrong", as against "the program is"."""
+
+
+class UserError(ValueError):
+    """Input that lmlab cannot use: which field, its value, what was expected, what to do.
+
+    The command line prints the message without a traceback and exits with 2.
+    """
+
+    def __init__(self, field: str, value: object, expected: str, remedy: str = "") -> None:
+        self.field, self.value, self.expected, self.remedy = field, value, expected, remedy
+        text = f"{field} = {value!r}: expected {expected}."
+        super().__init__(f"{text} {remedy}" if remedy else text)
+
+
+def check(condition: bool, field: str, value: object, expected: str, remedy: str = "") -> None:
+    """Raise `UserError` unless `condition` holds. For configs and data; never inside jitted code."""
+    if not condition:
+        raise UserError(field, value, expected, remedy)

@@ -1,0 +1,125 @@
+"""What to read, how to cut it into tokens, and how to lay it out in batches. Imports no JAX."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lmlab.core.errors import check
+
+
+@dataclass(frozen=True)
+class PythonLibrary:
+    """The sources and help topics of Python's standard library: real text on every machine, split by name."""
+
+    heldout_percent: int = 4
+    """Share of the documents that is held out, in percent."""
+
+    def __post_init__(self) -> None:
+        """Check the share."""
+        check(0 < self.heldout_percent < 50, "heldout_percent", self.heldout_percent, "1 to 49")
+
+
+@dataclass(frozen=True)
+class Files:
+    """Local .txt (one document a file), .jsonl, .jsonl.gz or .parquet files (one document a record)."""
+
+    train: str
+    """Glob of the training files; ** matches folders."""
+    heldout: str = ""
+    """Glob of the held-out files. Empty: a share of the training documents is held out, by content hash."""
+    heldout_percent: int = 4
+    """That share, in percent."""
+    text_field: str = "text"
+    """The field (JSON) or column (Parquet) that holds the text."""
+    invalid_utf8: Literal["error", "replace"] = "error"
+    """What to do with bytes that are not UTF-8."""
+
+    def __post_init__(self) -> None:
+        """Check the share."""
+        check(0 < self.heldout_percent < 50, "heldout_percent", self.heldout_percent, "1 to 49")
+
+
+@dataclass(frozen=True)
+class Tfds:
+    """Any tensorflow-datasets name that `tfds.data_source` reads (prepared as array_record); no TensorFlow."""
+
+    name: str
+    """Dataset and config, such as "lm1b" or "wiki40b/en"."""
+    train: str = "train"
+    """Split expression for training."""
+    heldout: str = "validation"
+    """Split expression that is held out."""
+    text_field: str = "text"
+    """The feature that holds the text."""
+    data_dir: str = ""
+    """Where the prepared dataset lies; empty: the tfds default."""
+
+
+Source = PythonLibrary | Files | Tfds
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """UTF-8 bytes; id 256 ends a document. Vocabulary 257."""
+
+
+@dataclass(frozen=True)
+class TokenizerFile:
+    """A Hugging Face `tokenizer.json`."""
+
+    path: str
+    """The file."""
+    end_token: str = ""
+    """The token that separates documents; empty: the first of the usual names that the vocabulary holds."""
+
+
+@dataclass(frozen=True)
+class TrainedBPE:
+    """Byte-level BPE trained on the training documents of this run."""
+
+    vocab_size: int = 4096
+    """Number of tokens, the 256 bytes and the end-of-text token included."""
+    train_bytes: int = 20_000_000
+    """Documents are read for training until this many bytes."""
+
+    def __post_init__(self) -> None:
+        """Check the size."""
+        check(self.vocab_size >= 257, "vocab_size", self.vocab_size, "at least 257 (256 bytes and one special)")
+
+
+Tokenizer = Bytes | TokenizerFile | TrainedBPE
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """A weighted mixture of sources, tokenised once into a cache, packed into rows."""
+
+    sources: dict[str, Source] = field(default_factory=lambda: {"python": PythonLibrary()})
+    """Sources by name."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Share of the rows from each source; a name that is absent has weight 1."""
+    tokenizer: Tokenizer = field(default_factory=Bytes)
+    """How text becomes tokens."""
+    length: int = 256
+    """T: the tokens that the model reads in a row (rows carry further tokens that are only predicted)."""
+    batch_size: int = 16
+    """B: rows in a global batch, over all hosts."""
+    packing: Literal["concat", "pad"] = "concat"
+    """concat: documents one after the other, cut at row ends; pad: one document a row, cut at the row's length."""
+    order: Literal["shuffled", "corpus"] = "shuffled"
+    """Order of the documents before they are packed."""
+    seed: int = 0
+    """Seed of all orders of data."""
+    cache_dir: str = ""
+    """Where token caches go; empty: $LMLAB_CACHE or ~/.cache/lmlab."""
+    prefetch: int = 4
+    """Batches made ahead of the train step."""
+
+    def __post_init__(self) -> None:
+        """Check the sizes and that weights name sources."""
+        check(bool(self.sources), "data.sources", self.sources, "at least one source")
+        check(self.length >= 1, "data.length", self.length, "at least 1 token")
+        check(self.batch_size >= 1, "data.batch_size", self.batch_size, "at least 1 row")
+        check(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1 batch")
+        for name, weight in self.weights.items():
+            check(name in self.sources, "data.weights", name, f"names of sources: {', '.join(self.sources)}")
+            check(weight > 0, f"data.weights[{name}]", weight, "a positive share")

@@ -1,0 +1,1 @@
+"""Language models as records of pure functions. The only package that imports flax.linen."""

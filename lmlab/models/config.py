@@ -1,0 +1,140 @@
+"""Shapes of language models as typed, frozen configs. Imports no JAX."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lmlab.core.errors import check
+
+
+@dataclass(frozen=True)
+class RotaryConfig:
+    """Rotary position embedding (arXiv 2104.09864) and its context extensions."""
+
+    base: float = 10_000.0
+    """Wavelength base theta."""
+    fraction: float = 1.0
+    """Share of each head that is rotated (GPT-NeoX: 0.25)."""
+    pairs: Literal["half", "adjacent"] = "half"
+    """Which coordinates form a pair: i with i + H/2 (Llama, NeoX), or 2i with 2i + 1 (GPT-J, Meta's own weights)."""
+    scaling: Literal["none", "linear", "llama3"] = "none"
+    """linear: positions divided by factor (arXiv 2306.15595); llama3: by wavelength, as Llama 3.1 does."""
+    factor: float = 1.0
+    """Extension factor of the scaling."""
+    low_frequency_factor: float = 1.0
+    """llama3: wavelengths above original_length / this are divided by factor."""
+    high_frequency_factor: float = 4.0
+    """llama3: wavelengths below original_length / this are kept."""
+    original_length: int = 8192
+    """llama3: context length before the extension."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check(self.base > 0, "rotary.base", self.base, "a positive number")
+        check(0 < self.fraction <= 1, "rotary.fraction", self.fraction, "a number in (0, 1]")
+        check(self.factor > 0, "rotary.factor", self.factor, "a positive number")
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Multi-head attention with grouped keys and values (arXiv 2305.13245)."""
+
+    heads: int = 4
+    """N: query heads."""
+    kv_heads: int = 0
+    """K: key and value heads, each shared by N/K query heads; 0: as many as heads."""
+    head_dim: int = 0
+    """H: size of a head; 0: width / heads."""
+    qkv_bias: bool = False
+    """Bias on queries, keys and values (Qwen2, GPT-2, NeoX)."""
+    out_bias: bool = False
+    """Bias on the output projection (GPT-2, NeoX)."""
+    qk_norm: bool = False
+    """RMSNorm over each query and key head before the rotation (Qwen3)."""
+    window: int = 0
+    """Sliding window in tokens (Mistral); 0: no limit."""
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """Feed-forward block."""
+
+    width: int = 0
+    """F: hidden width; 0: 4 * width for gelu, 8/3 * width rounded up to 64 for swiglu."""
+    activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
+    """swiglu (arXiv 2002.05202), exact gelu (NeoX), or its tanh form (GPT-2)."""
+    bias: bool = False
+    """Biases on all its projections."""
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """How a model is computed; changes speed and memory, and nothing else beyond rounding."""
+
+    unroll: int = 1
+    """Layers per iteration of the scan over layers; 0: all of them (fastest step, longest compilation)."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What a layer keeps for the backward pass: everything; its matmuls with weights; nothing but its input."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and matmuls. Parameters, norms, softmax and losses stay in float32."""
+    attention: Literal["auto", "xla", "cudnn", "splash", "reference"] = "auto"
+    """Attention back-end; auto: splash on TPU, cudnn on GPU in bfloat16, where they can, otherwise xla."""
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Pre-norm decoder. The defaults make a small Llama; fields cover Qwen, Mistral, GPT-2 and GPT-NeoX."""
+
+    vocab_size: int = 0
+    """V; 0: as many as the tokenizer has."""
+    layers: int = 4
+    """L."""
+    width: int = 256
+    """D."""
+    max_length: int = 2048
+    """Longest sequence (size of the table of learned positions)."""
+    positions: Literal["rotary", "learned", "none"] = "rotary"
+    """How tokens know where they are."""
+    norm: Literal["rms", "layer"] = "rms"
+    """RMSNorm (arXiv 1910.07467), or LayerNorm with bias."""
+    norm_eps: float = 1e-5
+    """Added inside the root."""
+    tied: bool = True
+    """Share the embedding with the unembedding."""
+    parallel_residual: bool = False
+    """Attention and feed-forward read the same input (GPT-NeoX)."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    mlp: MLPConfig = field(default_factory=MLPConfig)
+    rotary: RotaryConfig = field(default_factory=RotaryConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+
+    def __post_init__(self) -> None:
+        """Check that the sizes fit each other."""
+        for name in ("layers", "width", "max_length"):
+            check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
+        heads, kv_heads = self.attention.heads, self.attention.kv_heads
+        check(heads >= 1, "model.attention.heads", heads, "at least 1")
+        divides = self.attention.head_dim > 0 or self.width % heads == 0
+        check(divides, "model.attention.heads", heads, f"a divisor of model.width = {self.width}",
+              "Or set model.attention.head_dim.")  # fmt: skip
+        check(kv_heads == 0 or (kv_heads > 0 and heads % kv_heads == 0), "model.attention.kv_heads", kv_heads,
+              f"a divisor of model.attention.heads = {heads}, or 0 for all")  # fmt: skip
+        rotated = self.head_dim * self.rotary.fraction
+        check(self.positions != "rotary" or int(rotated) % 2 == 0, "model.attention.head_dim", self.head_dim,
+              "an even number of rotated coordinates (head_dim * rotary.fraction)")  # fmt: skip
+
+    @property
+    def head_dim(self) -> int:
+        """H."""
+        return self.attention.head_dim or self.width // self.attention.heads
+
+    @property
+    def kv_heads(self) -> int:
+        """K."""
+        return self.attention.kv_heads or self.attention.heads
+
+    @property
+    def mlp_width(self) -> int:
+        """F."""
+        if self.mlp.width:
+            return self.mlp.width
+        return -(-8 * self.width // 3 // 64) * 64 if self.mlp.activation == "swiglu" else 4 * self.width

@@ -1,0 +1,132 @@
+"""Norms, feed-forward and self-attention as linen modules. Kernels are stored unfused where they are separate
+matrices of the paper, along a `stack` axis where they share an input, so that one matmul computes them."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lmlab.core.masking import AttentionMask
+from lmlab.core.types import Array
+from lmlab.models.attention import attention
+from lmlab.models.cache import KVCache, write
+from lmlab.models.config import TransformerConfig
+from lmlab.models.rotary import rotate
+
+INIT_STD = 0.02
+"""GPT-2's standard deviation; projections into the residual stream are divided by sqrt(2 L)."""
+
+
+def kernel_init(names: tuple[str, ...], std: float = INIT_STD) -> nn.initializers.Initializer:
+    """Normal initialiser that tells the logical names of the axes."""
+    return nn.with_logical_partitioning(nn.initializers.normal(std), names)
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last axis, computed in float32, returned in the type of the input."""
+
+    kind: str
+    eps: float
+    axis: str = "norm"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Normalise the last axis of x."""
+        size = x.shape[-1]
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)), (size,))
+        y = x.astype(jnp.float32)
+        if self.kind == "layer":
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps) * scale
+        if self.kind == "layer":
+            y = y + self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,)), (size,))
+        return y.astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """Contract the last `len(inputs)` axes of x with a kernel of the named axes.
+
+    `inputs` and `outputs` map logical axis names to sizes, in order. Names of `outputs` called `stack` say
+    that the kernel is a stack of matrices side by side.
+    """
+
+    inputs: dict[str, int]
+    outputs: dict[str, int]
+    bias: bool = False
+    std: float = INIT_STD
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x [..., *inputs] -> [..., *outputs], in the type of x."""
+        ins, outs = tuple(self.inputs.values()), tuple(self.outputs.values())
+        names = (*self.inputs, *self.outputs)
+        kernel = self.param("kernel", kernel_init(names, self.std), (*ins, *outs)).astype(x.dtype)
+        # One plain matrix product: what every backend has its fastest path for.
+        flat = x.reshape(*x.shape[: x.ndim - len(ins)], -1) @ kernel.reshape(_size(ins), _size(outs))
+        y = flat.reshape(*flat.shape[:-1], *outs)
+        if self.bias:
+            bias = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.outputs))
+            y = y + self.param("bias", bias, outs).astype(x.dtype)
+        return y
+
+
+def _size(sizes: tuple[int, ...]) -> int:
+    product = 1
+    for size in sizes:
+        product *= size
+    return product
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention; with a cache, new keys and values are written to it and all of it is seen."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Array, table: tuple[Array, Array] | None, mask: AttentionMask,
+        cache: KVCache | None, layer: Array, places_BT: Array | None,
+    ) -> tuple[Array, KVCache | None]:  # fmt: skip
+        """[B, T, D] -> [B, T, D]."""
+        config, shape = self.config, self.config.attention
+        size = config.head_dim
+        q_BTNH = Linear(
+            {"embed": config.width}, {"heads": shape.heads, "head_dim": size}, shape.qkv_bias, name="query"
+        )(x_BTD)
+        kv = {"stack": 2, "kv_heads": config.kv_heads, "head_dim": size}
+        kv_BT2KH = Linear({"embed": config.width}, kv, shape.qkv_bias, name="key_value")(x_BTD)
+        k_BTKH, v_BTKH = kv_BT2KH[:, :, 0], kv_BT2KH[:, :, 1]
+        if shape.qk_norm:
+            q_BTNH = Norm("rms", config.norm_eps, "head_dim", name="query_norm")(q_BTNH)
+            k_BTKH = Norm("rms", config.norm_eps, "head_dim", name="key_norm")(k_BTKH)
+        if table is not None:
+            q_BTNH = rotate(q_BTNH, table, config.rotary.pairs)
+            k_BTKH = rotate(k_BTKH, table, config.rotary.pairs)
+        if cache is not None and places_BT is not None:
+            cache = write(cache, layer, places_BT, k_BTKH, v_BTKH)
+            k_BTKH, v_BTKH = (
+                jax.lax.dynamic_index_in_dim(part, layer, keepdims=False).astype(x_BTD.dtype)
+                for part in (cache.keys_LBSKH, cache.values_LBSKH)
+            )
+        out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask, config.execution.attention)
+        std = INIT_STD / (2 * config.layers) ** 0.5
+        out = Linear({"heads": shape.heads, "head_dim": size}, {"embed": config.width}, shape.out_bias, std, name="out")
+        return out(out_BTNH), cache
+
+
+class MLP(nn.Module):
+    """SwiGLU or GELU feed-forward."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Array) -> Array:
+        """[B, T, D] -> [B, T, D]."""
+        config, mlp = self.config, self.config.mlp
+        ffn, embed = {"ffn": config.mlp_width}, {"embed": config.width}
+        if mlp.activation == "swiglu":
+            both_BT2F = Linear(embed, {"stack": 2, **ffn}, mlp.bias, name="gate_up")(x_BTD)
+            hidden_BTF = nn.silu(both_BT2F[:, :, 0]) * both_BT2F[:, :, 1]
+        else:
+            up_BTF = Linear(embed, ffn, mlp.bias, name="up")(x_BTD)
+            hidden_BTF = nn.gelu(up_BTF, approximate=mlp.activation == "gelu_tanh")
+        return Linear(ffn, embed, mlp.bias, INIT_STD / (2 * config.layers) ** 0.5, name="down")(hidden_BTF)

@@ -1,0 +1,57 @@
+"""The contract of a language model: a frozen record of pure functions over a plain dict of parameters."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+from lmlab.core.masking import AttentionMask
+from lmlab.core.types import Array, Key, Params
+
+Cache: TypeAlias = Any
+"""What a model remembers of the tokens it has read: a pytree of static shape."""
+Axes: TypeAlias = Any
+"""The tree of the parameters with, at each leaf, the tuple of the logical names of its axes."""
+
+
+class Apply(Protocol):
+    """`apply(params, inputs, ...) -> (hidden_BTD, cache)`."""
+
+    def __call__(
+        self, params: Params, inputs: Array, *, positions_BT: Array | None = None, segments_BT: Array | None = None,
+        mask: AttentionMask | None = None, cache: Cache | None = None,
+    ) -> tuple[Array, Cache | None]:
+        """Hidden states of a batch of rows.
+
+        inputs: int [B, T] tokens, or float [B, T, D] embeddings. positions_BT: position of each token in
+        its segment; default: index in the row, after what the cache holds. segments_BT: tokens see their own
+        segment only, 0 is padding; default: one segment. mask: replaces the causal mask built from those two.
+        cache: tokens are added to it and see what it holds; padding must be at the end of the row.
+        Returns the normed hidden states [B, T, D] and the new cache (None without one).
+        """  # fmt: skip
+        ...
+
+
+@dataclass(frozen=True)
+class LM:
+    """A language model. Everything in lmlab that takes a model takes this record."""
+
+    config: Any
+    """The typed config that it was built from."""
+    vocab_size: int
+    max_length: int
+    init: Callable[[Key], Params]
+    """`init(key) -> params`."""
+    apply: Apply
+    embed: Callable[[Params, Array], Array]
+    """`embed(params, tokens_BT) -> embeddings_BTD`, so that `apply` of either gives the same."""
+    head: Callable[[Params], Params]
+    """The part of the parameters that `logits` reads: `logits(head(params), h) == logits(params, h)`."""
+    logits: Callable[[Params, Array], Array]
+    """`logits(params, hidden_..D) -> logits_..V` in float32."""
+    init_cache: Callable[[int, int], Cache]
+    """`init_cache(batch, length)`: room for `length` tokens a row."""
+    take_rows: Callable[[Cache, Array], Cache]
+    """`take_rows(cache, rows_N)`: the cache of the chosen rows, repeats allowed."""
+    axes: Axes
+    """Logical axis names by parameter: embed, heads, kv_heads, head_dim, ffn, vocab, positions, norm; layers and stack are
+    batch axes (a stack of matrices, each one for itself)."""

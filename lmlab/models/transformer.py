@@ -1,0 +1,160 @@
+"""The pre-norm decoder that covers Llama, Qwen, Mistral, GPT-2 and GPT-NeoX, as an LM record."""
+
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lmlab.core.errors import check
+from lmlab.core.masking import AttentionMask, self_attention_mask
+from lmlab.core.types import Array, Key, Params
+from lmlab.models import cache as caches
+from lmlab.models.cache import KVCache
+from lmlab.models.config import ExecutionConfig, TransformerConfig
+from lmlab.models.layers import INIT_STD, MLP, Norm, SelfAttention, kernel_init
+from lmlab.models.lm import LM
+from lmlab.models.rotary import rotary_table
+
+Carry: TypeAlias = tuple[Array, KVCache | None]
+
+
+class Block(nn.Module):
+    """One layer. Carries the residual stream and the cache; layers write their own slice of it."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self, carry: Carry, layer: Array, table: tuple[Array, Array] | None, mask: AttentionMask,
+        places_BT: Array | None,
+    ) -> tuple[Carry, None]:  # fmt: skip
+        """x + attention(norm(x)), then x + mlp(norm(x)); or both from the same x if parallel."""
+        config = self.config
+        x_BTD, cache = carry
+        norm = lambda name: Norm(config.norm, config.norm_eps, name=name)  # noqa: E731
+        attended_BTD, cache = SelfAttention(config, name="attention")(
+            norm("attention_norm")(x_BTD), table, mask, cache, layer, places_BT
+        )
+        if config.parallel_residual:
+            x_BTD = x_BTD + attended_BTD + MLP(config, name="mlp")(norm("mlp_norm")(x_BTD))
+        else:
+            x_BTD = x_BTD + attended_BTD
+            x_BTD = x_BTD + MLP(config, name="mlp")(norm("mlp_norm")(x_BTD))
+        return (x_BTD, cache), None
+
+
+class Decoder(nn.Module):
+    """Embedding, the scan over layers, final norm. Parameters of the layers are stacked along a first axis."""
+
+    config: TransformerConfig
+
+    def setup(self) -> None:
+        """Declare the parameters."""
+        config = self.config
+        self.embedding = self.param("embedding", kernel_init(("vocab", "embed")), (config.vocab_size, config.width))
+        if not config.tied:
+            self.unembedding = self.param(
+                "unembedding", kernel_init(("vocab", "embed")), (config.vocab_size, config.width)
+            )
+        if config.positions == "learned":
+            self.position_embedding = self.param(
+                "position_embedding", kernel_init(("positions", "embed"), INIT_STD / 2), (config.max_length, config.width)
+            )
+        self.layers = nn.scan(
+            _remat(Block, config.execution),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=config.layers,
+            unroll=config.execution.unroll or config.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(config)
+        self.final_norm = Norm(config.norm, config.norm_eps)
+
+    def embed(self, tokens_BT: Array) -> Array:
+        """Rows of the embedding, in the compute type."""
+        return self.embedding[tokens_BT].astype(self.config.execution.compute_dtype)
+
+    def __call__(
+        self, inputs: Array, positions_BT: Array, mask: AttentionMask, cache: KVCache | None, places_BT: Array | None
+    ) -> tuple[Array, KVCache | None]:
+        """See `lmlab.models.lm.Apply`."""
+        config = self.config
+        x_BTD = self.embed(inputs) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
+        x_BTD = x_BTD.astype(config.execution.compute_dtype)
+        table = None
+        if config.positions == "learned":
+            x_BTD = x_BTD + self.position_embedding[positions_BT].astype(x_BTD.dtype)
+        elif config.positions == "rotary":
+            table = rotary_table(config.rotary, config.head_dim, positions_BT)
+        (x_BTD, cache), _ = self.layers((x_BTD, cache), jnp.arange(config.layers), table, mask, places_BT)
+        return self.final_norm(x_BTD), cache
+
+
+def _remat(block: type[Block], execution: ExecutionConfig) -> type[Block]:
+    if execution.remat == "none":
+        return block
+    policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+    # Inside a scan nothing can merge the recomputation with the forward pass, so no barrier is needed.
+    return nn.remat(block, policy=policies[execution.remat], prevent_cse=False)
+
+
+def transformer(config: TransformerConfig) -> LM:
+    """The LM record of a transformer. Raises `UserError` if the vocabulary is not known yet."""
+    check(config.vocab_size >= 1, "model.vocab_size", config.vocab_size, "the number of tokens of the tokenizer")
+    module = Decoder(config)
+
+    def boxed(key: Key) -> Params:
+        positions = jnp.zeros((1, 1), jnp.int32)
+        return module.init(key, positions, positions, self_attention_mask(positions), None, None)["params"]
+
+    def apply(
+        params: Params, inputs: Array, *, positions_BT: Array | None = None, segments_BT: Array | None = None,
+        mask: AttentionMask | None = None, cache: KVCache | None = None,
+    ) -> tuple[Array, KVCache | None]:  # fmt: skip
+        batch, length = inputs.shape[:2]
+        _check_length(config, length)
+        if positions_BT is None:
+            start = jnp.zeros((batch, 1), jnp.int32) if cache is None else cache.length_B[:, None]
+            positions_BT = start + jnp.arange(length, dtype=jnp.int32)
+        places_BT = None
+        window = config.attention.window or None
+        if cache is not None:
+            if segments_BT is None:
+                segments_BT = jnp.ones((batch, length), jnp.int32)
+            cache, places_BT = caches.claim_places(cache, positions_BT, segments_BT)
+            default = AttentionMask(
+                positions_BT, cache.positions_BS, segments_BT, cache.segments_BS, window=window
+            )
+        else:
+            default = self_attention_mask(positions_BT, segments_BT, window=window)
+        return module.apply({"params": params}, inputs, positions_BT, mask or default, cache, places_BT)
+
+    def head(params: Params) -> Params:
+        name = "embedding" if config.tied else "unembedding"
+        return {name: params[name]}
+
+    def logits(params: Params, hidden: Array) -> Array:
+        table_VD = params["embedding" if config.tied else "unembedding"].astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, table_VD, preferred_element_type=jnp.float32)
+
+    def init_cache(batch: int, length: int) -> KVCache:
+        _check_length(config, length)
+        dtype = jnp.dtype(config.execution.compute_dtype)
+        return caches.empty_cache(config.layers, batch, length, config.kv_heads, config.head_dim, dtype)
+
+    names = nn.get_partition_spec(jax.eval_shape(boxed, jax.random.key(0)))
+    return LM(
+        config=config, vocab_size=config.vocab_size, max_length=config.max_length,
+        init=lambda key: nn.unbox(boxed(key)), apply=apply,
+        embed=lambda params, tokens_BT: module.apply({"params": params}, tokens_BT, method="embed"),
+        head=head, logits=logits, init_cache=init_cache, take_rows=caches.take_rows,
+        axes=jax.tree.map(tuple, names, is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec)),
+    )  # fmt: skip
+
+
+def _check_length(config: TransformerConfig, length: int) -> None:
+    check(config.positions != "learned" or length <= config.max_length, "sequence length", length,
+          f"at most model.max_length = {config.max_length}, the number of learned positions",
+          "Shorten the sequence (data.length) or raise model.max_length.")  # fmt: skip

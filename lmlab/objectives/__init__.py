@@ -1,0 +1,1 @@
+"""Losses: functions of (params, batch, key) that return sums and weights, never means."""

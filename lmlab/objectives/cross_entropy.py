@@ -1,0 +1,118 @@
+"""Softmax cross-entropy against integer labels without ever holding [B, T, V] logits, forward or backward."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lmlab.core.types import Array, Params
+
+Logits = Callable[[Params, Array], Array]
+
+
+class TokenSums(NamedTuple):
+    """Weighted sums over tokens, [] float32 each."""
+
+    loss: Array
+    """sum w (-log p(label) + z_loss * log(Z)^2). The only one that has a gradient."""
+    nll: Array
+    """sum w (-log p(label)), in nats."""
+    correct: Array
+    """sum w [no logit is above the label's]."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6))
+def chunked_cross_entropy(
+    logits: Logits, head: Params, hidden_BTD: Array, labels_BT: Array, weights_BT: Array,
+    z_loss: float, chunk: int,
+) -> TokenSums:  # fmt: skip
+    """Cross-entropy of `logits(head, hidden)`, `chunk` places of every row at a time.
+
+    One chunk of logits [B, chunk, V] is alive at any moment. The gradient is formed in the forward pass
+    from the same chunk: (softmax * (1 + 2 z log Z) - onehot) w, pulled back through `logits`. So nothing is
+    computed twice, and what waits for the backward pass is the gradient of hidden and head (float32 for the
+    head). Labels of weight 0 may hold any number. z-loss: arXiv 2204.02311, section 5.
+    """
+    step = partial(_chunk_sums, logits, head, z_loss)
+    zeros = TokenSums(*(jnp.zeros((), jnp.float32),) * 3)
+
+    def body(sums: TokenSums, part: tuple[Array, Array, Array]) -> tuple[TokenSums, None]:
+        return jax.tree.map(jnp.add, sums, step(*part)[0]), None
+
+    return jax.lax.scan(body, zeros, _chunks(hidden_BTD, labels_BT, weights_BT, chunk))[0]
+
+
+def _chunks(hidden_BTD: Array, labels_BT: Array, weights_BT: Array, chunk: int) -> tuple[Array, Array, Array]:
+    """Cut the time axis into chunks and bring them to the front; places that fill up the last weigh 0."""
+    length = hidden_BTD.shape[1]
+    chunk = min(chunk, length)
+    count = -(-length // chunk)
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
+
+    return cut(hidden_BTD), cut(labels_BT), cut(weights_BT.astype(jnp.float32))
+
+
+def _chunk_sums(
+    logits: Logits, head: Params, z_loss: float, hidden_BCD: Array, labels_BC: Array, weights_BC: Array
+) -> tuple[TokenSums, tuple[Array, ...]]:
+    """Sums over one chunk, and what its gradient is made of."""
+    logits_BCV = logits(head, hidden_BCD).astype(jnp.float32)
+    top_BC1 = jnp.max(logits_BCV, axis=-1, keepdims=True)
+    exp_BCV = jnp.exp(logits_BCV - top_BC1)
+    total_BC1 = jnp.sum(exp_BCV, axis=-1, keepdims=True)
+    log_z_BC = (jnp.log(total_BC1) + top_BC1)[..., 0]
+    labels_BC = jnp.clip(labels_BC, 0, logits_BCV.shape[-1] - 1)
+    label_logit_BC = jnp.take_along_axis(logits_BCV, labels_BC[..., None], axis=-1)[..., 0]
+    nll_BC = jnp.where(weights_BC != 0, log_z_BC - label_logit_BC, 0)
+    z_BC = jnp.where(weights_BC != 0, jnp.square(log_z_BC), 0)
+    sums = TokenSums(
+        loss=jnp.sum(weights_BC * (nll_BC + z_loss * z_BC)),
+        nll=jnp.sum(weights_BC * nll_BC),
+        correct=jnp.sum(weights_BC * (label_logit_BC >= top_BC1[..., 0])),
+    )
+    return sums, (exp_BCV, total_BC1, log_z_BC)
+
+
+def _forward(
+    logits: Logits, head: Params, hidden_BTD: Array, labels_BT: Array, weights_BT: Array,
+    z_loss: float, chunk: int,
+) -> tuple[TokenSums, tuple[Array, Params]]:  # fmt: skip
+    def body(
+        carry: tuple[TokenSums, Params], part: tuple[Array, Array, Array]
+    ) -> tuple[tuple[TokenSums, Params], Array]:
+        sums, head_grad = carry
+        hidden, labels, weights = part
+        new, (exp, total, log_z) = _chunk_sums(logits, head, z_loss, hidden, labels, weights)
+        out, pullback = jax.vjp(logits, head, hidden)
+        onehot = jnp.arange(exp.shape[-1]) == jnp.clip(labels, 0, exp.shape[-1] - 1)[..., None]
+        slope = weights[..., None] * (exp * ((1 + 2 * z_loss * log_z)[..., None] / total) - onehot)
+        slope = jnp.where(weights[..., None] != 0, slope, 0)
+        head_slope, hidden_slope = pullback(slope.astype(out.dtype))
+        head_grad = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), head_grad, head_slope)
+        return (jax.tree.map(jnp.add, sums, new), head_grad), hidden_slope
+
+    zeros = TokenSums(*(jnp.zeros((), jnp.float32),) * 3)
+    start = (zeros, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head))
+    (sums, head_grad), slopes = jax.lax.scan(body, start, _chunks(hidden_BTD, labels_BT, weights_BT, chunk))
+    batch, length, width = hidden_BTD.shape
+    hidden_grad = jnp.moveaxis(slopes, 0, 1).reshape(batch, -1, width)[:, :length]
+    # Scalars that remember the types the gradients must come back in.
+    return sums, (hidden_grad, jax.tree.map(lambda g, x: (g, jnp.zeros((), x.dtype)), head_grad, head))
+
+
+def _backward(
+    logits: Logits, z_loss: float, chunk: int, residuals: tuple[Array, Params], cotangent: TokenSums
+) -> tuple[Params, Array, None, None]:
+    del logits, z_loss, chunk
+    hidden_grad, head_grad = residuals
+    is_pair = lambda x: isinstance(x, tuple)  # noqa: E731
+    head = jax.tree.map(lambda pair: (cotangent.loss * pair[0]).astype(pair[1].dtype), head_grad, is_leaf=is_pair)
+    return head, (cotangent.loss * hidden_grad).astype(hidden_grad.dtype), None, None
+
+
+chunked_cross_entropy.defvjp(_forward, _backward)

@@ -1,0 +1,1 @@
+"""Typed configs to optax chains, schedules, and groups of parameters by path."""

@@ -1,0 +1,1 @@
+"""What a run leaves behind: metrics log, progress, plots, one HTML page."""

@@ -1,0 +1,33 @@
+"""What training carries from step to step."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from lmlab.core.rng import key_for
+from lmlab.core.types import Array, Key, Params
+
+
+@struct.dataclass
+class State:
+    """Everything that an interrupted run needs to go on, beside the data, which depend on the step alone."""
+
+    step: Array
+    """[] int32: updates made."""
+    params: Params
+    opt_state: Any
+    key: Key
+    """The run's key; uses derive theirs from it and the step, so it never changes."""
+
+
+def new_state(params: Params, tx: optax.GradientTransformation, key: Key) -> State:
+    """The state before the first update."""
+    return State(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), key=key)
+
+
+def init_state(init: Any, tx: optax.GradientTransformation, seed: int) -> State:
+    """The state of a new run: `init(key)` makes the parameters. Jitted, so that nothing is made twice."""
+    return jax.jit(lambda key: new_state(init(key_for(key, "init")), tx, key))(jax.random.key(seed))
