@@ -31,9 +31,10 @@ class Apply(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LM:
-    """A language model. Everything in lmlab that takes a model takes this record."""
+    """A language model. Everything in lmlab that takes a model takes this record. Equal only to itself, so that
+    it can be a static argument of `jax.jit`."""
 
     config: Any
     """The typed config that it was built from."""

@@ -1,7 +1,8 @@
 """The one train step, for every objective and every optax transform."""
 
 from collections.abc import Callable
-from typing import TypeAlias
+from functools import partial
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from lmlab.train.state import State
 
 Metrics: TypeAlias = dict[str, Array]
 Step: TypeAlias = Callable[[State, Batch], tuple[State, Metrics]]
-Reduce: TypeAlias = Callable[[Params], Params]
+Reduce: TypeAlias = Callable[[Any], Any]
 
 
 def make_step(
@@ -43,22 +44,22 @@ def make_step(
         weights = jax.lax.stop_gradient(jax.lax.scan(weights_of, None, (parts, keys))[1])
         weights = reduce(jax.tree.map(lambda w: jnp.sum(w, axis=0), weights))
 
-        def share(params: Params, part: tuple[Batch, Key]) -> tuple[Array, Terms]:
+        def share(params: Params, part: tuple[Batch, Key]) -> tuple[Array, tuple[Terms, Array]]:
             terms = objective(params, *part)
-            return total_loss(terms, weights), jax.lax.stop_gradient(terms)
+            return total_loss(terms, weights), jax.lax.stop_gradient((terms, jnp.ones(())))
 
-        def body(sums: tuple[Params, Terms], part: tuple[Batch, Key]) -> tuple[tuple[Params, Terms], None]:
-            grad, terms = jax.grad(share, has_aux=True)(state.params, part)
-            return jax.tree.map(jnp.add, sums, (grad, terms)), None
-
-        first, rest = jax.tree.map(lambda x: x[0], (parts, keys)), jax.tree.map(lambda x: x[1:], (parts, keys))
-        sums = jax.grad(share, has_aux=True)(state.params, first)
-        if microbatches > 1:
-            sums, _ = jax.lax.scan(body, sums, rest)
-        grad, terms = reduce(sums)
+        gradient = partial(jax.grad(share, has_aux=True), state.params)
+        first = jax.tree.map(lambda x: x[0], (parts, keys))
+        if microbatches == 1:
+            sums = gradient(first)
+        else:
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, first))
+            add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None)  # noqa: E731
+            sums, _ = jax.lax.scan(add, zeros, (parts, keys))
+        grad, (terms, parts_seen) = reduce(sums)
         updates, opt_state = tx.update(grad, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = term_metrics(terms, microbatches, weights)
+        metrics = term_metrics(terms, parts_seen, weights)
         metrics |= {"grad_norm": optax.tree.norm(grad), "param_norm": optax.tree.norm(params)}
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
@@ -83,8 +84,8 @@ def total_loss(terms: Terms, weights: dict[str, Array]) -> Array:
     return jnp.sum(jnp.stack(shares))
 
 
-def term_metrics(terms: Terms, parts: int, weights: dict[str, Array]) -> Metrics:
-    """Values to report from terms that were summed over `parts` microbatches (scales were summed with them)."""
+def term_metrics(terms: Terms, parts: Array, weights: dict[str, Array]) -> Metrics:
+    """Values to report from terms that were summed over `parts` calls of the objective, scales included."""
     terms = terms.replace(scales=jax.tree.map(lambda scale: scale / parts, terms.scales))
     metrics = {"loss": total_loss(terms, weights), "weight": next(iter(weights.values()))}
     if len(terms.losses) > 1:

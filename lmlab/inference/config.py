@@ -1,0 +1,32 @@
+"""How tokens are drawn. Imports no JAX."""
+
+from dataclasses import dataclass
+
+from lmlab.core.errors import check
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Filters are applied in this order: temperature, top_k, top_p, min_p."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0: always the most probable token."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0: all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches this (arXiv 1904.09751)."""
+    min_p: float = 0.0
+    """Keep tokens at least this times as probable as the best one (arXiv 2407.01082)."""
+    max_new_tokens: int = 256
+    """Tokens to draw at most."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a sample; they are cut off."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        check(self.top_k >= 0, "top_k", self.top_k, "0 or more")
+        check(0 < self.top_p <= 1, "top_p", self.top_p, "a probability in (0, 1]")
+        check(0 <= self.min_p <= 1, "min_p", self.min_p, "a number in [0, 1]")
+        check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        check(all(self.stop), "stop", self.stop, "texts that are not empty")

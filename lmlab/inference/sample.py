@@ -1,0 +1,150 @@
+"""Sampling from any LM: one prefill, then one compiled loop over a cache of static shape."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from lmlab.core.errors import check
+from lmlab.core.types import Array, Key, Params
+from lmlab.inference.config import SamplingConfig
+from lmlab.inference.filters import filter_logits
+from lmlab.models.lm import LM
+
+STRIDE = 32
+"""Tokens drawn between two looks at the stop texts; caches are sized in multiples of it."""
+
+
+class Sample(NamedTuple):
+    """What was drawn for one prompt."""
+
+    tokens: np.ndarray
+    """int32 [n], without the end token."""
+    logprobs: np.ndarray
+    """float32 [n], under the model itself: before temperature and filters."""
+    ended: bool
+    """True if the end token or a stop came; False if the room ran out."""
+
+
+@struct.dataclass
+class Decoding:
+    """A batch in the middle of being drawn."""
+
+    cache: Any
+    logits_BV: Array
+    """Of the next token."""
+    keys_B: Array
+    """Each row has its own key, so a prompt's sample does not depend on its neighbours."""
+    done_B: Array
+    drawn: Array
+    """[] int32: tokens drawn so far."""
+
+
+def bucket(length: int, least: int = 16) -> int:
+    """The next power of two: few shapes, so few compilations."""
+    return max(least, 1 << (length - 1).bit_length())
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def prefill(lm: LM, params: Params, tokens_BT: Array, length_B: Array, room: int) -> tuple[Array, Any]:
+    """Read right-padded prompts into a cache of `room` places; logits_BV of the token after each."""
+    batch, length = tokens_BT.shape
+    segments_BT = (jnp.arange(length) < length_B[:, None]).astype(jnp.int32)
+    hidden_BTD, cache = lm.apply(params, tokens_BT, segments_BT=segments_BT, cache=lm.init_cache(batch, room))
+    last_BD = hidden_BTD[jnp.arange(batch), length_B - 1]
+    return lm.logits(params, last_BD), cache
+
+
+@partial(jax.jit, static_argnums=(0, 3, 4, 5), donate_argnums=2)
+def decode(
+    lm: LM, params: Params, state: Decoding, config: SamplingConfig, end_id: int | None, steps: int
+) -> tuple[Decoding, Array, Array]:
+    """Draw up to `steps` tokens a row; stops early when all rows are done.
+
+    Returns the state, tokens_BS (rows that are done hold -1) and their logprobs_BS. Token i of a row is drawn
+    with fold_in(row key, i), so the number of steps a call makes changes nothing.
+    """
+    batch = state.done_B.shape[0]
+
+    def draw(carry: tuple[Decoding, Array, Array, Array]) -> tuple[Decoding, Array, Array, Array]:
+        state, tokens_BS, logprobs_BS, i = carry
+        keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys_B, state.drawn)
+        token_B = jax.vmap(jax.random.categorical)(keys_B, filter_logits(state.logits_BV, config))
+        logprob_B = jax.nn.log_softmax(state.logits_BV)[jnp.arange(batch), token_B]
+        done_B = state.done_B if end_id is None else state.done_B | (token_B == end_id)
+        tokens_BS = tokens_BS.at[:, i].set(jnp.where(done_B, -1, token_B))
+        logprobs_BS = logprobs_BS.at[:, i].set(jnp.where(done_B, 0, logprob_B))
+        segments_B1 = (~done_B).astype(jnp.int32)[:, None]
+        hidden_B1D, cache = lm.apply(params, token_B[:, None], segments_BT=segments_B1, cache=state.cache)
+        state = state.replace(
+            cache=cache, logits_BV=lm.logits(params, hidden_B1D[:, 0]), done_B=done_B, drawn=state.drawn + 1
+        )
+        return state, tokens_BS, logprobs_BS, i + 1
+
+    start = (state, jnp.full((batch, steps), -1), jnp.zeros((batch, steps)), jnp.zeros((), jnp.int32))
+    going = lambda carry: (carry[3] < steps) & ~jnp.all(carry[0].done_B)  # noqa: E731
+    state, tokens_BS, logprobs_BS, _ = jax.lax.while_loop(going, draw, start)
+    return state, tokens_BS, logprobs_BS
+
+
+def sample(
+    lm: LM, params: Params, prompts: Sequence[np.ndarray], key: Key, config: SamplingConfig, *,
+    end_id: int | None = None, stopped: Callable[[np.ndarray], int | None] = lambda tokens: None,
+) -> list[Sample]:  # fmt: skip
+    """Continue each prompt (int32 [n], n >= 1) by up to `config.max_new_tokens` tokens.
+
+    end_id: the token that ends a sample. stopped: given the tokens drawn for a row so far, how many of them to
+    keep if the row is to stop (a stop text came), else None; asked every `STRIDE` tokens.
+    Row i is drawn with fold_in(key, i). Raises `UserError` where prompt and room exceed the context.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    check(bool(lengths) and min(lengths) >= 1, "prompts", lengths, "at least one prompt, of at least one token each")
+    longest = max(lengths)
+    check(longest < lm.max_length, "prompt", f"{longest} tokens",
+          f"less than model.max_length = {lm.max_length}", "Shorten the prompt.")  # fmt: skip
+    count = min(config.max_new_tokens, lm.max_length - longest)
+    width = min(bucket(longest), lm.max_length)
+    tokens_BT = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(tokens_BT, prompts, strict=True):
+        check(0 <= prompt.min() and prompt.max() < lm.vocab_size, "prompt", int(prompt.max()),
+              f"token ids below the vocabulary of {lm.vocab_size}")  # fmt: skip
+        row[: len(prompt)] = prompt
+    room = min(width + -(-count // STRIDE) * STRIDE, max(lm.max_length, width))
+    logits_BV, cache = prefill(lm, params, tokens_BT, np.asarray(lengths, np.int32), room)
+    keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(prompts)))
+    done_B = jnp.zeros(len(prompts), bool)
+    state = Decoding(cache, logits_BV, keys_B, done_B, jnp.zeros((), jnp.int32))
+    return _draw_all(lm, params, state, replace(config, max_new_tokens=count, stop=()), end_id, stopped)
+
+
+def _draw_all(
+    lm: LM, params: Params, state: Decoding, config: SamplingConfig, end_id: int | None,
+    stopped: Callable[[np.ndarray], int | None],
+) -> list[Sample]:  # fmt: skip
+    """Strides of `decode` until every row has ended or the room is used."""
+    batch, count = state.done_B.shape[0], config.max_new_tokens
+    tokens, logprobs = np.zeros((batch, 0), np.int32), np.zeros((batch, 0), np.float32)
+    kept: list[int | None] = [None] * batch
+    # The number of tokens is no part of what is compiled.
+    static = replace(config, max_new_tokens=1)
+    while tokens.shape[1] < count and not bool(jnp.all(state.done_B)):
+        state, new, new_logprobs = decode(lm, params, state, static, end_id, STRIDE)
+        tokens = np.concatenate([tokens, np.asarray(new)], axis=1)[:, :count]
+        logprobs = np.concatenate([logprobs, np.asarray(new_logprobs)], axis=1)[:, :count]
+        for row in range(batch):
+            if kept[row] is None:
+                kept[row] = stopped(tokens[row][tokens[row] >= 0])
+        stop_B = jnp.asarray([cut is not None for cut in kept])
+        state = state.replace(done_B=state.done_B | stop_B)
+    samples = []
+    for row in range(batch):
+        drawn = int(np.sum(tokens[row] >= 0))
+        size = drawn if kept[row] is None else min(drawn, kept[row] or 0)
+        ended = size < tokens.shape[1] or tokens.shape[1] < count
+        samples.append(Sample(tokens[row, :size].astype(np.int32), logprobs[row, :size], ended))
+    return samples

@@ -1,0 +1,36 @@
+"""Length, rhythm and seed of a run. Imports no JAX."""
+
+from dataclasses import dataclass
+
+from lmlab.core.errors import check
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long to train and what to do when."""
+
+    steps: int = 1000
+    """Updates in all."""
+    microbatches: int = 1
+    """Parts of a batch whose gradients are summed one after the other, to save memory."""
+    seed: int = 0
+    """Seed of the parameters and of all randomness but the order of the data."""
+    log_every: int = 10
+    """Steps between rows of metrics."""
+    eval_every: int = 200
+    """Steps between evaluations on held-out data; one more at the end."""
+    sample_every: int = 200
+    """Steps between samples; 0: none."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; one more at the end, and one when interrupted."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_best: int = 1
+    """Checkpoints with the lowest held-out loss that are kept besides."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("steps", "microbatches", "log_every", "eval_every", "checkpoint_every", "keep_last"):
+            check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        for name in ("sample_every", "keep_best"):
+            check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")

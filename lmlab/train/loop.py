@@ -1,0 +1,195 @@
+"""The one loop: dispatch step n, then read the metrics of step n - 1; evaluate, sample and save when due."""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Protocol
+
+import jax
+
+from lmlab.core.errors import UserError
+from lmlab.core.types import Batch, Params
+from lmlab.train.config import TrainConfig
+from lmlab.train.state import State
+from lmlab.train.step import Step
+
+Values = Mapping[str, float]
+
+
+class Log(Protocol):
+    """Where rows of metrics go."""
+
+    def write(self, step: int, kind: str, values: Values) -> None:
+        """Add a row; kind is train, eval, or speed (whatever depends on the clock)."""
+
+
+class Display(Protocol):
+    """What the user watches."""
+
+    def update(self, step: int, values: Values, tokens_per_second: float) -> None:
+        """Show the newest step."""
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+
+
+def ignore(*_: Any) -> None:
+    """Do nothing: the default of everything optional here."""
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """What the loop calls; it knows no model, objective or data."""
+
+    log: Log
+    display: Display
+    evaluate: Callable[[Params], Values] | None = None
+    """Held-out values; `loss` among them decides which checkpoint is best."""
+    sample: Callable[[int, Params], None] = ignore
+    """Called with the step and the parameters when a sample is due."""
+    save: Callable[[State, float | None], None] = ignore
+    """Called with the state and, where just evaluated, its held-out loss."""
+    describe: Callable[[int], list[str]] = lambda step: []
+    """Names of the documents in the batch of a step, for the message of a run that stops."""
+    tokens_per_step: int = 0
+    flops_per_step: float = 0.0
+    peak_flops: float | None = None
+    """Peak of all devices together, in FLOP/s; None: unknown, and then no MFU is reported."""
+
+
+class NonFiniteLossError(UserError):
+    """The loss became NaN or infinite."""
+
+
+def fit(
+    state: State, step_fn: Step, batches: Callable[[int], Iterator[Batch]], config: TrainConfig, calls: Callbacks
+) -> tuple[State, bool]:
+    """Train from `state.step` to `config.steps`; returns the state, and whether it got there.
+
+    batches: `batches(first_step)` yields the batch of every step from there on. The first SIGINT or SIGTERM
+    ends the step in hand, saves and returns False; a second SIGINT raises KeyboardInterrupt. Raises
+    `NonFiniteLossError` when a loss is not finite; nothing of that step is saved.
+    """
+    first = int(state.step)
+    clock = Clock()
+    pending: tuple[int, Mapping[str, Any]] | None = None
+    feed = batches(first)
+    with stop_signals() as stop:
+        for done in range(first + 1, config.steps + 1):
+            batch = clock.timed(lambda: next(feed))
+            state, metrics = step_fn(state, batch)
+            if pending:
+                _record(*pending, config, calls, clock)
+            pending = (done, metrics)
+            last = done == config.steps or bool(stop)
+            due = [last or done % every == 0 for every in (config.eval_every, config.checkpoint_every)]
+            sample_due = config.sample_every > 0 and (done == config.steps or done % config.sample_every == 0)
+            if any(due) or sample_due:
+                _record(*pending, config, calls, clock)
+                pending = None
+                with clock.paused():
+                    _visit(state, done, (due[0] and not stop, sample_due, due[1]), calls)
+            if stop and last:
+                calls.display.say(f"stopped by {stop[0]} after step {done}; run the same command to go on")
+                return state, done == config.steps
+    return state, True
+
+
+def _visit(state: State, done: int, due: tuple[bool, bool, bool], calls: Callbacks) -> None:
+    """Evaluate, sample and save, those of the three that are due."""
+    evaluate_due, sample_due, save_due = due
+    held_out = None
+    if evaluate_due and calls.evaluate is not None:
+        values = calls.evaluate(state.params)
+        calls.log.write(done, "eval", values)
+        held_out = values.get("loss")
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        calls.display.say(f"step {done}  held-out  {shown}")
+    if sample_due:
+        calls.sample(done, state.params)
+    if save_due:
+        calls.save(state, held_out)
+
+
+def _record(
+    done: int, metrics: Mapping[str, Any], config: TrainConfig, calls: Callbacks, clock: "Clock"
+) -> None:
+    """Read the metrics of a step (which waits for it), check them, log and show them."""
+    values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+    if not math.isfinite(values["loss"]) or not math.isfinite(values.get("grad_norm", 0.0)):
+        documents = ", ".join(calls.describe(done - 1)[:8]) or "unknown"
+        raise NonFiniteLossError(
+            "loss", values["loss"], f"a finite number at step {done} (gradient norm {values.get('grad_norm')})",
+            f"Documents in its batch: {documents}. The last checkpoint is from before. Try a lower "
+            "optim.schedule.peak, a longer warm-up, a smaller optim.clip, or float32 compute.",
+        )  # fmt: skip
+    speed = clock.lap(calls.tokens_per_step)
+    calls.display.update(done, values, speed["tokens_per_second"])
+    if done % config.log_every == 0 or done == config.steps:
+        calls.log.write(done, "train", values)
+        if calls.peak_flops and calls.tokens_per_step:
+            steps_per_second = speed["tokens_per_second"] / calls.tokens_per_step
+            speed["mfu"] = calls.flops_per_step * steps_per_second / calls.peak_flops
+        calls.log.write(done, "speed", speed)
+
+
+@dataclass
+class Clock:
+    """Time between metrics, less what evaluations and checkpoints took; time spent waiting for data."""
+
+    started: float = field(default_factory=time.perf_counter)
+    mark: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+
+    def timed(self, get: Callable[[], Any]) -> Any:
+        """The result of `get`, whose time counts as waiting for data."""
+        start = time.perf_counter()
+        result = get()
+        self.waited += time.perf_counter() - start
+        return result
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count."""
+        start = time.perf_counter()
+        yield
+        self.mark += time.perf_counter() - start
+
+    def lap(self, tokens: int) -> dict[str, float]:
+        """Speed since the last lap."""
+        now = time.perf_counter()
+        seconds = max(now - self.mark, 1e-9)
+        lap = {
+            "tokens_per_second": tokens / seconds, "step_seconds": seconds, "data_wait_seconds": self.waited,
+            "elapsed_seconds": now - self.started,
+        }  # fmt: skip
+        self.mark, self.waited = now, 0.0
+        return lap
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[str]]:
+    """A list that receives the name of the signal that asks to stop. Only the main thread can listen."""
+    asked: list[str] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        del frame
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(signal.Signals(number).name)
+
+    old = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            old[number] = signal.signal(number, note)
+    except ValueError:  # not the main thread: signals go elsewhere
+        pass
+    try:
+        yield asked
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
