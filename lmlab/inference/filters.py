@@ -34,7 +34,7 @@ def filter_logits(logits_BV: Array, config: SamplingConfig) -> Array:
     """Logits of the distribution that is drawn from, float32 [B, V]. Temperature 0 keeps the first best token."""
     logits_BV = logits_BV.astype(jnp.float32)
     if config.temperature == 0:
-        best = jnp.arange(logits_BV.shape[-1]) == jnp.argmax(logits_BV, axis=-1, keepdims=True)
+        best = jax.nn.one_hot(jnp.argmax(logits_BV, axis=-1), logits_BV.shape[-1], dtype=bool)
         return jnp.where(best, 0.0, -jnp.inf)
     logits_BV = logits_BV / config.temperature
     if config.top_k:

@@ -54,7 +54,7 @@ def bucket(length: int, least: int = 16) -> int:
 def prefill(lm: LM, params: Params, tokens_BT: Array, length_B: Array, room: int) -> tuple[Array, Any]:
     """Read right-padded prompts into a cache of `room` places; logits_BV of the token after each."""
     batch, length = tokens_BT.shape
-    segments_BT = (jnp.arange(length) < length_B[:, None]).astype(jnp.int32)
+    segments_BT = (jnp.arange(length)[None] < length_B[:, None]).astype(jnp.int32)
     hidden_BTD, cache = lm.apply(params, tokens_BT, segments_BT=segments_BT, cache=lm.init_cache(batch, room))
     last_BD = hidden_BTD[jnp.arange(batch), length_B - 1]
     return lm.logits(params, last_BD), cache

@@ -34,7 +34,7 @@ def claim_places(cache: KVCache, positions_BT: Array, segments_BT: Array) -> tup
     Tokens beyond the last place are dropped.
     """
     rows = jnp.arange(positions_BT.shape[0])[:, None]
-    places_BT = cache.length_B[:, None] + jnp.arange(positions_BT.shape[1])
+    places_BT = cache.length_B[:, None] + jnp.arange(positions_BT.shape[1])[None]
     cache = cache.replace(
         positions_BS=cache.positions_BS.at[rows, places_BT].set(positions_BT, mode="drop"),
         segments_BS=cache.segments_BS.at[rows, places_BT].set(segments_BT, mode="drop"),
@@ -68,7 +68,7 @@ def take_rows(cache: KVCache, rows_N: Array) -> KVCache:
 
 def rewind(cache: KVCache, length_B: Array) -> KVCache:
     """Forget all but the first `length_B` tokens of each row."""
-    kept = jnp.arange(cache.segments_BS.shape[1]) < length_B[:, None]
+    kept = jnp.arange(cache.segments_BS.shape[1])[None] < length_B[:, None]
     return cache.replace(
         segments_BS=jnp.where(kept, cache.segments_BS, 0), length_B=jnp.minimum(length_B, cache.length_B)
     )

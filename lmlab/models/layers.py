@@ -36,9 +36,11 @@ class Norm(nn.Module):
         y = x.astype(jnp.float32)
         if self.kind == "layer":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps) * scale
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        y = y * jnp.broadcast_to(scale, y.shape)
         if self.kind == "layer":
-            y = y + self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,)), (size,))
+            bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,)), (size,))
+            y = y + jnp.broadcast_to(bias, y.shape)
         return y.astype(x.dtype)
 
 
@@ -65,7 +67,7 @@ class Linear(nn.Module):
         y = flat.reshape(*flat.shape[:-1], *outs)
         if self.bias:
             bias = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.outputs))
-            y = y + self.param("bias", bias, outs).astype(x.dtype)
+            y = y + jnp.broadcast_to(self.param("bias", bias, outs).astype(x.dtype), y.shape)
         return y
 
 

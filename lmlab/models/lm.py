@@ -23,7 +23,8 @@ class Apply(Protocol):
         """Hidden states of a batch of rows.
 
         inputs: int [B, T] tokens, or float [B, T, D] embeddings. positions_BT: position of each token in
-        its segment; default: index in the row, after what the cache holds. segments_BT: tokens see their own
+        its segment, rising from left to right (for any other order give a mask); default: index in the row,
+        after what the cache holds. segments_BT: tokens see their own
         segment only, 0 is padding; default: one segment. mask: replaces the causal mask built from those two.
         cache: tokens are added to it and see what it holds; padding must be at the end of the row.
         Returns the normed hidden states [B, T, D] and the new cache (None without one).

@@ -31,7 +31,7 @@ def _llama3_frequencies(config: RotaryConfig, frequencies: np.ndarray) -> np.nda
 def rotary_table(config: RotaryConfig, head_dim: int, positions_BT: Array) -> tuple[Array, Array]:
     """Cosine and sine [B, T, R/2] in float32 at the given positions."""
     frequencies = jnp.asarray(rotary_frequencies(config, head_dim), jnp.float32)
-    angles_BTR = positions_BT[..., None].astype(jnp.float32) * frequencies
+    angles_BTR = jnp.einsum("bt,r->btr", positions_BT.astype(jnp.float32), frequencies, precision="highest")
     return jnp.cos(angles_BTR), jnp.sin(angles_BTR)
 
 

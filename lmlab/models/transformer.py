@@ -117,7 +117,7 @@ def transformer(config: TransformerConfig) -> LM:
         _check_length(config, length)
         if positions_BT is None:
             start = jnp.zeros((batch, 1), jnp.int32) if cache is None else cache.length_B[:, None]
-            positions_BT = start + jnp.arange(length, dtype=jnp.int32)
+            positions_BT = start + jnp.arange(length, dtype=jnp.int32)[None]
         places_BT = None
         window = config.attention.window or None
         if cache is not None:

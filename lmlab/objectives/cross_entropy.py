@@ -89,7 +89,7 @@ def _forward(
         hidden, labels, weights = part
         new, (exp, total, log_z) = _chunk_sums(logits, head, z_loss, hidden, labels, weights)
         out, pullback = jax.vjp(logits, head, hidden)
-        onehot = jnp.arange(exp.shape[-1]) == jnp.clip(labels, 0, exp.shape[-1] - 1)[..., None]
+        onehot = jax.nn.one_hot(jnp.clip(labels, 0, exp.shape[-1] - 1), exp.shape[-1], dtype=exp.dtype)
         slope = weights[..., None] * (exp * ((1 + 2 * z_loss * log_z)[..., None] / total) - onehot)
         slope = jnp.where(weights[..., None] != 0, slope, 0)
         head_slope, hidden_slope = pullback(slope.astype(out.dtype))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
@@ -67,12 +67,12 @@ class NonFiniteLossError(UserError):
 
 def fit(
     state: State, step_fn: Step, batches: Callable[[int], Iterator[Batch]], config: TrainConfig, calls: Callbacks
-) -> tuple[State, bool]:
-    """Train from `state.step` to `config.steps`; returns the state, and whether it got there.
+) -> tuple[State, str | None]:
+    """Train from `state.step` to `config.steps`; returns the state, and the signal that ended it early or None.
 
     batches: `batches(first_step)` yields the batch of every step from there on. The first SIGINT or SIGTERM
-    ends the step in hand, saves and returns False; a second SIGINT raises KeyboardInterrupt. Raises
-    `NonFiniteLossError` when a loss is not finite; nothing of that step is saved.
+    ends the step in hand and saves; a second SIGINT raises KeyboardInterrupt. Raises `NonFiniteLossError`
+    when a loss is not finite; nothing of that step is saved.
     """
     first = int(state.step)
     clock = Clock()
@@ -85,33 +85,50 @@ def fit(
             if pending:
                 _record(*pending, config, calls, clock)
             pending = (done, metrics)
-            last = done == config.steps or bool(stop)
-            due = [last or done % every == 0 for every in (config.eval_every, config.checkpoint_every)]
-            sample_due = config.sample_every > 0 and (done == config.steps or done % config.sample_every == 0)
-            if any(due) or sample_due:
+            due = _due(done, config, asked=bool(stop))
+            if any(due):
                 _record(*pending, config, calls, clock)
                 pending = None
                 with clock.paused():
-                    _visit(state, done, (due[0] and not stop, sample_due, due[1]), calls)
-            if stop and last:
+                    _visit(state, done, due, calls)
+            if due.leave:
                 calls.display.say(f"stopped by {stop[0]} after step {done}; run the same command to go on")
-                return state, done == config.steps
-    return state, True
+                return state, stop[0]
+    return state, None
 
 
-def _visit(state: State, done: int, due: tuple[bool, bool, bool], calls: Callbacks) -> None:
+class Due(NamedTuple):
+    """What comes after a step."""
+
+    evaluate: bool
+    sample: bool
+    save: bool
+    leave: bool
+
+
+def _due(done: int, config: TrainConfig, asked: bool) -> Due:
+    """Evaluations and samples depend on the step alone, so that an interrupted run leaves the same rows."""
+    end = done == config.steps
+    return Due(
+        evaluate=end or done % config.eval_every == 0,
+        sample=config.sample_every > 0 and (end or done % config.sample_every == 0),
+        save=end or asked or done % config.checkpoint_every == 0,
+        leave=asked and not end,
+    )
+
+
+def _visit(state: State, done: int, due: Due, calls: Callbacks) -> None:
     """Evaluate, sample and save, those of the three that are due."""
-    evaluate_due, sample_due, save_due = due
     held_out = None
-    if evaluate_due and calls.evaluate is not None:
+    if due.evaluate and calls.evaluate is not None:
         values = calls.evaluate(state.params)
         calls.log.write(done, "eval", values)
         held_out = values.get("loss")
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         calls.display.say(f"step {done}  held-out  {shown}")
-    if sample_due:
+    if due.sample:
         calls.sample(done, state.params)
-    if save_due:
+    if due.save:
         calls.save(state, held_out)
 
 

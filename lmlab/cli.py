@@ -1,0 +1,212 @@
+"""The command line. JAX is imported inside the commands, so that help is there at once."""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from lmlab.core.errors import UserError
+from lmlab.inference.config import SamplingConfig
+from lmlab.recipe import Pretrain, load_recipe
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Train what a recipe says; any field of it can be overridden. Run the same command again to go on."""
+
+    recipe: tyro.conf.Positional[str]
+    """A Python file with a function recipe(), or the name of one in ./configs."""
+    out: str = ""
+    """Run folder; empty: runs/NAME."""
+    config: Annotated[Pretrain, tyro.conf.arg(name="")] = field(default_factory=Pretrain)
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue texts with the model of a run folder."""
+
+    run: tyro.conf.Positional[str]
+    """Run folder."""
+    prompt: tuple[str, ...] = ("",)
+    """Beginnings of documents."""
+    seed: int = 0
+    """Seed of the samples."""
+    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: SamplingConfig(temperature=0.8, top_p=0.95)
+    )
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Measure the model of a run folder on all of its held-out text, beside n-grams and xz."""
+
+    run: tyro.conf.Positional[str]
+    """Run folder."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write report.html and the plots of a run folder anew."""
+
+    run: tyro.conf.Positional[str]
+    """Run folder."""
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Tell what this machine has: versions, devices, caches, and whether a computation works."""
+
+
+def run(args: Run) -> int:
+    """Train; 0 when finished, 130 or 143 when interrupted by SIGINT or SIGTERM."""
+    from lmlab.pretrain import pretrain
+
+    folder = Path(args.out) if args.out else RUNS / Path(args.recipe).stem
+    outcome = pretrain(args.config, folder)
+    if outcome.bits_per_byte:
+        print("\nheld-out bits per byte (lower is better)")
+        for name, value in sorted(outcome.bits_per_byte.items(), key=lambda item: -item[1]):
+            print(f"  {name:8s} {value:.3f}")
+    print(f"\nreport  {(outcome.folder / 'report.html').resolve()}")
+    return 128 + signal.Signals[outcome.stopped_by] if outcome.stopped_by else 0
+
+
+def generate(args: Generate) -> int:
+    """Print each prompt with its continuation."""
+    import jax
+
+    from lmlab.inference.text import sample_text
+    from lmlab.runs import load_run
+
+    loaded = load_run(Path(args.run))
+    key = jax.random.key(args.seed)
+    drawn = sample_text(loaded.lm, loaded.params, loaded.tokenizer, args.prompt, key, args.sampling)
+    for prompt, (text, _) in zip(args.prompt, drawn, strict=True):
+        print(f"{prompt}{text}")
+    return 0
+
+
+def evaluate(args: Eval) -> int:
+    """Print held-out values and what stands beside them."""
+    from lmlab.runs import evaluate_run
+
+    for name, value in evaluate_run(Path(args.run)).items():
+        print(f"{name:16s} {value:.4f}")
+    return 0
+
+
+def report(args: Report) -> int:
+    """Print where the report is."""
+    from lmlab.report.page import write_report
+    from lmlab.train.folder import read_config
+
+    read_config(Path(args.run))
+    print(write_report(Path(args.run)).resolve())
+    return 0
+
+
+def doctor(args: Doctor) -> int:
+    """Print versions and devices, and try a matmul on each device."""
+    import time
+
+    import jax
+    import jax.numpy as jnp
+
+    from lmlab.core.runtime import cache_folder
+    from lmlab.report.environment import describe_environment
+    from lmlab.train.device import peak_flops
+
+    del args
+    for name, value in describe_environment().items():
+        print(f"{name:20s} {value}")
+    print(f"{'cache':20s} {cache_folder()}")
+    for dtype in ("float32", "bfloat16"):
+        x = jnp.ones((1024, 1024), dtype)
+        square = jax.jit(lambda x: x @ x)
+        square(x).block_until_ready()
+        start = time.perf_counter()
+        for _ in range(10):
+            y = square(x)
+        y.block_until_ready()
+        rate = 10 * 2 * 1024**3 / (time.perf_counter() - start)
+        peak = peak_flops(dtype)
+        known = f"of {peak / 1e12:.0f}" if peak else "(peak not known)"
+        print(f"{dtype + ' matmul':20s} {rate / 1e12:.3f} TFLOP/s {known}")
+    return 0
+
+
+COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
+    "run": (Run, run),
+    "generate": (Generate, generate),
+    "eval": (Eval, evaluate),
+    "report": (Report, report),
+    "doctor": (Doctor, doctor),
+}
+
+
+def usage() -> str:
+    """What `lmlab --help` prints."""
+    lines = [f"  {name:10s} {(kind.__doc__ or '').splitlines()[0]}" for name, (kind, _) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: lmlab COMMAND ...", "", "Language-model research in JAX as pure functions that compose.", "",
+         "commands:", *lines, "", "lmlab COMMAND --help tells its options; lmlab run RECIPE --help those of a recipe."]
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code: 0 done, 2 input that cannot be used, 130 or 143 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except UserError as error:
+        print(f"lmlab: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lmlab: interrupted; run the same command to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has left; Python would complain again at exit.
+        with contextlib.suppress(OSError):
+            sys.stdout = None  # type: ignore[assignment]
+        return 141
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if words[0] not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        hint = f"Did you mean {near[0]}?" if near else "See lmlab --help."
+        raise UserError("command", words[0], f"one of {', '.join(COMMANDS)}", hint)
+    kind, command = COMMANDS[words[0]]
+    default = None
+    if kind is Run and len(words) > 1 and not words[1].startswith("-"):
+        default = Run(words[1], config=load_recipe(words[1])[1])
+    args = _parse(kind, words, default)
+    if kind is not Report:
+        from lmlab.core.runtime import prepare
+
+        prepare()
+    return command(args)
+
+
+def _parse(kind: type[Any], words: list[str], default: Any) -> Any:
+    options = {} if default is None else {"default": default}
+    parsed = tyro.cli(
+        kind, prog=f"lmlab {words[0]}", args=words[1:], config=(tyro.conf.AvoidSubcommands,), **options
+    )
+    return replace(parsed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

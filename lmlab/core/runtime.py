@@ -1,0 +1,46 @@
+"""What a process sets before it computes: where compiled programs are kept, how memory is reused, what is logged."""
+
+import ctypes
+import logging
+import os
+import sys
+from pathlib import Path
+
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+"""Parameters of glibc's mallopt."""
+
+
+def cache_folder() -> Path:
+    """$LMLAB_CACHE, or ~/.cache/lmlab: token caches and compiled programs."""
+    return Path(os.environ.get("LMLAB_CACHE") or Path.home() / ".cache" / "lmlab")
+
+
+def prepare(compile_cache: bool = True) -> None:
+    """Call once, before the first computation. Safe to call again."""
+    import jax
+
+    # Warnings of absl's users (orbax tells of every save) are no news to the user of a run.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    if compile_cache:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep large blocks that XLA frees instead of returning them to the kernel.
+
+    XLA on the CPU allocates its temporaries anew at every step, by mmap, and the kernel then clears every page at
+    its first touch: about 160,000 page faults and a fifth of the time of a 12M-parameter step. The memory
+    in use never shrinks below its peak. Does nothing where the C library is another.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(M_ARENA_MAX, 1)

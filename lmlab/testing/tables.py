@@ -1,0 +1,72 @@
+"""The conformance tables: a new model, objective, transform or stream adds a line and gets the generic tests."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import optax
+
+from lmlab.core.types import Batch, Objective
+from lmlab.models.config import AttentionConfig, ExecutionConfig, MLPConfig, RotaryConfig
+from lmlab.models.lm import LM
+from lmlab.objectives.next_token import next_token
+from lmlab.optim.chain import build_optimizer
+from lmlab.optim.config import OptimConfig, ScheduleConfig
+from lmlab.testing.tiny import random_batch, tiny_lm
+
+LMS: dict[str, Callable[[], LM]] = {
+    "llama": tiny_lm,
+    "llama_unrolled": lambda: tiny_lm(execution=ExecutionConfig(unroll=0)),
+    "llama_remat": lambda: tiny_lm(execution=ExecutionConfig(remat="full")),
+    "llama_remat_dots": lambda: tiny_lm(execution=ExecutionConfig(remat="dots")),
+    "llama31": lambda: tiny_lm(
+        rotary=RotaryConfig(base=500.0, scaling="llama3", factor=8.0, original_length=64), tied=False
+    ),
+    "adjacent_linear": lambda: tiny_lm(rotary=RotaryConfig(pairs="adjacent", scaling="linear", factor=2.0)),
+    "qwen2": lambda: tiny_lm(attention=AttentionConfig(heads=4, kv_heads=2, qkv_bias=True)),
+    "qwen3": lambda: tiny_lm(attention=AttentionConfig(heads=4, kv_heads=1, head_dim=8, qk_norm=True)),
+    "mistral": lambda: tiny_lm(attention=AttentionConfig(heads=4, kv_heads=2, window=3)),
+    "gpt2": lambda: tiny_lm(
+        positions="learned", norm="layer", attention=AttentionConfig(heads=4, qkv_bias=True, out_bias=True),
+        mlp=MLPConfig(width=24, activation="gelu_tanh", bias=True),
+    ),
+    "neox": lambda: tiny_lm(
+        norm="layer", tied=False, parallel_residual=True, rotary=RotaryConfig(fraction=0.5),
+        attention=AttentionConfig(heads=4, qkv_bias=True, out_bias=True),
+        mlp=MLPConfig(width=24, activation="gelu", bias=True),
+    ),
+    "no_positions": lambda: tiny_lm(positions="none"),
+}  # fmt: skip
+"""Every language model of lmlab, tiny."""
+
+
+@dataclass(frozen=True)
+class ObjectiveCase:
+    """An objective with a batch that it takes. `build` is given the model."""
+
+    build: Callable[[LM], Objective]
+    batch: Callable[[], Batch] = random_batch
+
+
+OBJECTIVES: dict[str, ObjectiveCase] = {
+    "next_token": ObjectiveCase(lambda lm: next_token(lm, chunk=3)),
+    "next_token_z_loss": ObjectiveCase(lambda lm: next_token(lm, chunk=100, z_loss=1e-2)),
+}
+"""Every objective of lmlab."""
+
+
+def _rule(name: str, **changes: Any) -> Callable[[Any], optax.GradientTransformation]:
+    schedule = ScheduleConfig(peak=1e-2, warmup=2)
+    config = replace(OptimConfig(schedule=schedule), rule=name, **changes)
+    return lambda axes: build_optimizer(config, axes, 20)
+
+
+TRANSFORMS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
+    "adamw": _rule("adamw"),
+    "lion": _rule("lion"),
+    "adafactor": _rule("adafactor"),
+    "muon": _rule("muon"),
+    "sgd": _rule("sgd"),
+    "no_clip_no_decay": _rule("adamw", clip=0.0, weight_decay=0.0),
+}
+"""Every optimiser of lmlab, made from the logical axes of the parameters."""

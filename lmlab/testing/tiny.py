@@ -1,0 +1,70 @@
+"""Models and batches small enough to check by hand or by enumeration."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmlab.core.types import Array, Params, TokenBatch
+from lmlab.models.config import AttentionConfig, MLPConfig, TransformerConfig
+from lmlab.models.lm import LM
+from lmlab.models.transformer import transformer
+
+VOCAB = 7
+
+
+def tiny_config(**changes: object) -> TransformerConfig:
+    """Two layers of width 16 over a vocabulary of 7."""
+    fields = {
+        "vocab_size": VOCAB, "layers": 2, "width": 16, "max_length": 32,
+        "attention": AttentionConfig(heads=4, kv_heads=2), "mlp": MLPConfig(width=24),
+    }  # fmt: skip
+    return TransformerConfig(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def tiny_lm(**changes: object) -> LM:
+    """The LM of `tiny_config`."""
+    return transformer(tiny_config(**changes))
+
+
+def lively(params: Params, seed: int = 0) -> Params:
+    """The parameters with noise on every leaf: fresh ones hold zeros and ones that hide mistakes."""
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return treedef.unflatten(
+        [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    )
+
+
+def random_batch(rows: int = 4, length: int = 9, seed: int = 0, vocab: int = VOCAB) -> TokenBatch:
+    """Rows of two or three documents with padding at the end and some tokens that are no labels."""
+    rng = np.random.default_rng(seed)
+    segments = np.zeros((rows, length), np.int32)
+    positions = np.zeros((rows, length), np.int32)
+    for row in range(rows):
+        cuts = np.sort(rng.choice(np.arange(1, length), size=2, replace=False))
+        pieces = np.split(np.arange(length), cuts)
+        padded = rng.random() < 0.5
+        for number, piece in enumerate(pieces, start=1):
+            segments[row, piece] = 0 if padded and number == len(pieces) else number
+            positions[row, piece] = np.arange(len(piece))
+    return TokenBatch(
+        tokens_BT=jnp.asarray(rng.integers(0, vocab, (rows, length)), jnp.int32),
+        segments_BT=jnp.asarray(segments),
+        positions_BT=jnp.asarray(positions),
+        label_mask_BT=jnp.asarray(rng.random((rows, length)) < 0.8) & (jnp.asarray(segments) > 0),
+    )
+
+
+def all_sequences(vocab: int, length: int) -> Array:
+    """Every sequence of the given length, int32 [vocab^length, length]."""
+    return jnp.asarray(list(itertools.product(range(vocab), repeat=length)), jnp.int32)
+
+
+def sequence_logprobs(lm: LM, params: Params, tokens_BT: Array, prompt: int) -> Array:
+    """log p(tokens after the prompt | prompt) of whole sequences [B], by one full forward pass."""
+    hidden_BTD, _ = lm.apply(params, tokens_BT[:, :-1])
+    logprobs_BTV = jax.nn.log_softmax(lm.logits(params, hidden_BTD))
+    chosen_BT = jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1)[..., 0]
+    return jnp.sum(chosen_BT[:, prompt - 1 :], axis=1)

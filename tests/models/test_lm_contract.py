@@ -1,0 +1,126 @@
+"""What every language model owes: the generic tests over the table of models."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmlab.core.types import Params
+from lmlab.models.lm import LM
+from lmlab.optim.groups import is_names
+from lmlab.testing.tables import LMS
+from lmlab.testing.tiny import VOCAB, lively
+
+T = 6
+
+
+@pytest.fixture(scope="module", params=LMS)
+def made(request: pytest.FixtureRequest) -> tuple[LM, Params]:
+    lm = LMS[request.param]()
+    return lm, lively(jax.jit(lm.init)(jax.random.key(0)))
+
+
+def tokens(rows: int = 2, length: int = T, seed: int = 0) -> jax.Array:
+    return jax.random.randint(jax.random.key(seed), (rows, length), 0, VOCAB)
+
+
+def logits(lm: LM, params: Params, tokens_BT: jax.Array, **kwargs: object) -> jax.Array:
+    return lm.logits(params, jax.jit(lambda p, t: lm.apply(p, t, **kwargs)[0])(params, tokens_BT))
+
+
+def test_axes_name_every_axis(made):
+    lm, params = made
+    names = jax.tree.map(len, lm.axes, is_leaf=is_names)
+    chex.assert_trees_all_equal(names, jax.tree.map(jnp.ndim, params))
+
+
+def test_logits_are_float32_and_read_only_the_head(made):
+    lm, params = made
+    hidden_BTD, _ = lm.apply(params, tokens())
+    full = lm.logits(params, hidden_BTD)
+    chex.assert_shape(full, (2, T, lm.vocab_size))
+    assert full.dtype == jnp.float32
+    chex.assert_trees_all_equal(lm.logits(lm.head(params), hidden_BTD), full)
+
+
+def test_tokens_and_their_embeddings_give_the_same(made):
+    lm, params = made
+    chex.assert_trees_all_close(
+        lm.apply(params, tokens())[0], lm.apply(params, lm.embed(params, tokens()))[0], atol=1e-6
+    )
+
+
+def test_a_token_moves_what_follows_and_nothing_before(made):
+    lm, params = made
+    # Gradient of the output at each place with respect to each input embedding: exactly lower triangular.
+    embeddings = lm.embed(params, tokens(1))
+    slope = jax.jacobian(lambda x: lm.apply(params, x)[0].sum(-1)[0])(embeddings)
+    size_TT = np.asarray(jnp.abs(slope).sum(-1)[:, 0])
+    assert np.all(size_TT[np.triu_indices(T, 1)] == 0)
+    window = lm.config.attention.window or T
+    near = [(i, j) for i in range(T) for j in range(i + 1) if i - j < window]
+    assert all(size_TT[i, j] > 0 for i, j in near)
+
+
+@pytest.mark.parametrize("prefill", [1, 4])
+def test_cache_is_exact(made, prefill):
+    lm, params = made
+    full = logits(lm, params, tokens())
+    cache = lm.init_cache(2, T + 2)
+    hidden, cache = lm.apply(params, tokens()[:, :prefill], cache=cache)
+    pieces = [hidden]
+    step = jax.jit(lambda params, token, cache: lm.apply(params, token, cache=cache))
+    for i in range(prefill, T):
+        hidden, cache = step(params, tokens()[:, i : i + 1], cache)
+        pieces.append(hidden)
+    chex.assert_trees_all_close(lm.logits(params, jnp.concatenate(pieces, axis=1)), full, atol=2e-5)
+
+
+def test_cache_ignores_padding_and_gathers_rows(made):
+    lm, params = made
+    # Row 0 holds 2 tokens and padding, row 1 holds 4; then one more token each, rows swapped and repeated.
+    lengths = jnp.asarray([2, 4])
+    segments = (jnp.arange(4)[None] < lengths[:, None]).astype(jnp.int32)
+    _, cache = lm.apply(params, tokens()[:, :4], segments_BT=segments, cache=lm.init_cache(2, 8))
+    rows = jnp.asarray([1, 0, 1])
+    cache = lm.take_rows(cache, rows)
+    following = tokens(3, 1, seed=5)
+    hidden, _ = lm.apply(params, following, cache=cache)
+    for place, row in enumerate(rows):
+        alone = jnp.concatenate([tokens()[row, : lengths[row]], following[place]])[None]
+        expected = lm.apply(params, alone)[0][0, -1]
+        chex.assert_trees_all_close(hidden[place, 0], expected, atol=2e-5)
+
+
+def test_packed_documents_do_not_see_each_other(made):
+    lm, params = made
+    first, second = tokens(1, 3, seed=1), tokens(1, 2, seed=2)
+    packed = jnp.concatenate([first, second, jnp.zeros((1, 1), jnp.int32)], axis=1)
+    segments, positions = jnp.asarray([[1, 1, 1, 2, 2, 0]]), jnp.asarray([[0, 1, 2, 0, 1, 0]])
+    hidden, _ = lm.apply(params, packed, positions_BT=positions, segments_BT=segments)
+    chex.assert_tree_all_finite(hidden)
+    alone = [lm.apply(params, part)[0] for part in (first, second)]
+    chex.assert_trees_all_close(hidden[:, :5], jnp.concatenate(alone, axis=1), atol=2e-5)
+
+
+def test_init_is_a_function_of_the_key(made):
+    lm, _ = made
+    one, again, other = (lm.init(jax.random.key(seed)) for seed in (3, 3, 4))
+    chex.assert_trees_all_equal(one, again)
+    assert any(bool(jnp.any(a != b)) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+
+def test_bfloat16_stays_near_float32(made):
+    lm, params = made
+    from dataclasses import replace
+
+    from lmlab.models.transformer import transformer
+
+    half = transformer(replace(lm.config, execution=replace(lm.config.execution, compute_dtype="bfloat16")))
+    hidden, cache = half.apply(params, tokens(), cache=half.init_cache(2, T))
+    assert hidden.dtype == jnp.bfloat16
+    assert cache.keys_LBSKH.dtype == jnp.bfloat16
+    exact = logits(lm, params, tokens())
+    error = jnp.abs(half.logits(params, hidden) - exact).max() / jnp.abs(exact).max()
+    assert 0 < error < 0.1
