@@ -40,7 +40,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Tfds:
-    """Any tensorflow-datasets name that `tfds.data_source` reads (prepared as array_record); no TensorFlow."""
+    """Any tensorflow-datasets name that `tfds.data_source` reads (as array_record); no TensorFlow."""
 
     name: str
     """Dataset and config, such as "lm1b" or "wiki40b/en"."""
@@ -83,7 +83,7 @@ class TrainedBPE:
 
     def __post_init__(self) -> None:
         """Check the size."""
-        check(self.vocab_size >= 257, "vocab_size", self.vocab_size, "at least 257 (256 bytes and one special)")
+        check(self.vocab_size >= 257, "vocab_size", self.vocab_size, "at least 257 (256 bytes, one special)")
 
 
 Tokenizer = Bytes | TokenizerFile | TrainedBPE
@@ -104,7 +104,7 @@ class DataConfig:
     batch_size: int = 16
     """B: rows in a global batch, over all hosts."""
     packing: Literal["concat", "pad"] = "concat"
-    """concat: documents one after the other, cut at row ends; pad: one document a row, cut at the row's length."""
+    """concat: documents one after the other, cut at row ends; pad: one document a row, the rest dropped."""
     order: Literal["shuffled", "corpus"] = "shuffled"
     """Order of the documents before they are packed."""
     seed: int = 0

@@ -1,0 +1,120 @@
+"""Folders that are either whole or absent: built aside, flushed to disk, then renamed into place."""
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lmlab.core.errors import UserError
+
+
+def cache_root(cache_dir: str | Path = "") -> Path:
+    """The folder for caches: `cache_dir`, else $LMLAB_CACHE, else ~/.cache/lmlab. Made if absent.
+
+    A folder that holds all that is needed may be read-only.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    chosen = str(cache_dir) or os.environ.get("LMLAB_CACHE", "") or "~/.cache/lmlab"
+    root = Path(chosen).expanduser()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(root, error) from error
+    return root
+
+
+def build_once(target: Path, is_whole: Callable[[Path], bool], build: Callable[[Path], None]) -> Path:
+    """`target`, built by `build(empty_folder)` unless `is_whole(target)`; kill -9 leaves nothing half done.
+
+    One process builds while the others wait on a lock that the system lets go of when its holder dies. So
+    whoever holds the lock knows that a half-built folder beside it belongs to nobody, and removes it.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    if is_whole(target):
+        return target
+    partial = target.with_name(f"{target.name}.partial")
+    with _locked(target.with_name(f"{target.name}.lock")):
+        if is_whole(target):
+            return target
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+            build(partial)
+            _flush(partial)
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+            _flush_folder(target.parent)
+        except OSError as error:
+            raise _explain(partial, error) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace the file by `text` in one step; the last of several writers wins."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = path.open("ab")
+    except OSError as error:
+        raise _explain(path.parent, error) from error
+    with handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
+        else:
+            _flush_folder(path)
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    # The names in a folder are data of the folder, which has to reach the disk as well.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _explain(partial: Path, error: OSError) -> Exception:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+        free = shutil.disk_usage(partial.parent).free
+        return UserError(
+            "data.cache_dir", str(partial.parent),
+            f"space for more than {written:,} bytes of {partial.stem}; {free:,} bytes are free",
+            "The half-written files were removed. Free some space or name a folder on another disk.",
+        )  # fmt: skip
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return _unwritable(partial.parent, error)
+    return error
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        "data.cache_dir", str(folder), f"a folder that can be written ({error.strerror})",
+        "Name another one, or set LMLAB_CACHE.",
+    )  # fmt: skip

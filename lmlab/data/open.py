@@ -1,0 +1,104 @@
+"""From a `DataConfig` to a tokenizer, training batches and held-out batches."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from lmlab.core.types import TokenBatch
+from lmlab.data.cache import TokenCache, open_cache
+from lmlab.data.config import DataConfig
+from lmlab.data.folders import cache_root
+from lmlab.data.sources import Document, Split, documents, fingerprint
+from lmlab.data.stream import Stream, heldout_batches, train_stream
+from lmlab.data.tokenizers import TextTokenizer, build_tokenizer
+
+
+@dataclass(frozen=True)
+class Data:
+    """All that a run reads."""
+
+    tokenizer: TextTokenizer
+    train: Stream
+    heldout: Callable[[], Iterator[TokenBatch]]
+    """Starts a pass over the held-out rows of all sources, each once."""
+    texts: Callable[[Split], Iterator[str]]
+    """Starts a pass over the texts of a split, decoded from their tokens."""
+    caches: dict[Split, dict[str, TokenCache]]
+    """The tokens of each split, by source."""
+    summary: dict[str, int | str]
+    """Counts and hashes, ready for JSON."""
+
+
+def open_data(config: DataConfig, *, lookahead: int = 1, host: int = 0, hosts: int = 1) -> Data:
+    """Read, tokenise (once; later runs map the cache) and lay out everything that `config` names.
+
+    Args:
+        config: what to read.
+        lookahead: n, tokens beyond T in a row: how far ahead the objective predicts.
+        host: which host this is; gets its part of each batch.
+        hosts: number of hosts.
+
+    Raises:
+        UserError: any fault of the input, see `documents`, `build_tokenizer`, `open_cache`, `train_stream`.
+    """
+    root = cache_root(config.cache_dir)
+    prints = {name: fingerprint(source, "train", root) for name, source in config.sources.items()}
+    shares = "".join(f"{name} {text} {config.weights.get(name, 1.0)};" for name, text in prints.items())
+    tokenizer = build_tokenizer(config.tokenizer, partial(_interleaved, config, root), root, shares)
+    splits: tuple[Split, ...] = ("train", "heldout")
+    caches = {
+        split: {name: _tokenised(config, name, split, tokenizer, root) for name in config.sources}
+        for split in splits
+    }
+    return Data(
+        tokenizer=tokenizer,
+        train=train_stream(config, caches["train"], lookahead=lookahead, host=host, hosts=hosts),
+        heldout=partial(
+            heldout_batches, config, caches["heldout"], lookahead=lookahead, host=host, hosts=hosts
+        ),
+        texts=partial(_texts, caches, tokenizer),
+        caches=caches,
+        summary=_summary(tokenizer, caches),
+    )
+
+
+def _tokenised(
+    config: DataConfig, name: str, split: Split, tokenizer: TextTokenizer, root: Path
+) -> TokenCache:  # fmt: skip
+    source = config.sources[name]
+    read = partial(documents, source, split, root)
+    return open_cache(read, fingerprint(source, split, root), tokenizer, root, label=f"{name}/{split}")
+
+
+def _interleaved(config: DataConfig, root: Path) -> Iterator[Document]:
+    """Training documents of all sources, taken so that each source's bytes keep to its weight."""
+    readers = {name: documents(source, "train", root) for name, source in config.sources.items()}
+    taken = dict.fromkeys(readers, 0.0)
+    while readers:
+        name = min(readers, key=taken.__getitem__)
+        document = next(readers[name], None)
+        if document is None:
+            del readers[name]
+            continue
+        taken[name] += len(document.text) / config.weights.get(name, 1.0)
+        yield document
+
+
+def _texts(
+    caches: Mapping[Split, Mapping[str, TokenCache]], tokenizer: TextTokenizer, split: Split
+) -> Iterator[str]:  # fmt: skip
+    return (cache.text(i, tokenizer) for cache in caches[split].values() for i in range(cache.documents))
+
+
+def _summary(
+    tokenizer: TextTokenizer, caches: Mapping[Split, Mapping[str, TokenCache]]
+) -> dict[str, int | str]:  # fmt: skip
+    counts: dict[str, int | str] = {"vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.fingerprint}
+    for split, by_source in caches.items():
+        for name, cache in by_source.items():
+            counts[f"{name}/{split}/documents"] = cache.documents
+            counts[f"{name}/{split}/tokens"] = len(cache.tokens_N)
+            counts[f"{name}/{split}/bytes"] = cache.text_bytes
+            counts[f"{name}/{split}/fingerprint"] = cache.fingerprint
+    return counts

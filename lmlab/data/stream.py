@@ -1,0 +1,164 @@
+"""Batches as a pure function of (config, step): any step at once, the same rows on any number of hosts."""
+
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+
+from lmlab.core.errors import check
+from lmlab.core.types import TokenBatch
+from lmlab.data.cache import TokenCache
+from lmlab.data.config import DataConfig
+from lmlab.data.packing import Packing, Row, lay_out, row_at, stack_rows
+
+
+@dataclass(frozen=True)
+class Stream:
+    """An endless stream of batches with random access."""
+
+    batch_at: Callable[[int], TokenBatch]
+    """The batch of a step: NumPy arrays [B / hosts, T + n]."""
+    documents_at: Callable[[int], list[str]]
+    """Ids of the documents in that batch, in order, each once."""
+    batches: Callable[..., Iterator[TokenBatch]]
+    """`batches(start, stop=None)`: batch_at(start), batch_at(start + 1), ..., made ahead by threads."""
+    rows: int
+    """Rows of all sources; one source is read once every rows / B steps."""
+    tokens: int
+    """Tokens of all sources, markers included."""
+    text_bytes: int
+    """UTF-8 bytes of all sources."""
+
+
+def train_stream(
+    config: DataConfig, caches: Mapping[str, TokenCache], *,
+    lookahead: int = 1, host: int = 0, hosts: int = 1, orders: Mapping[str, np.ndarray] | None = None,
+) -> Stream:  # fmt: skip
+    """The training batches of a mixture of sources.
+
+    Documents are laid out in a fixed order, shuffled by `config.seed` or as `orders` says; the rows are then
+    visited in an order that is new in every epoch of their source. Weights hold at every point of the stream.
+
+    Args:
+        config: lengths, weights, seed.
+        caches: tokens of each source.
+        lookahead: n, tokens beyond T in a row.
+        host: which part of the global batch to make: rows [host * B / hosts, (host + 1) * B / hosts).
+        hosts: number of parts.
+        orders: by source, the document numbers in the order in which to lay them out (any choice of them);
+            a source that is absent has the order of the config.
+
+    Raises:
+        UserError: `hosts` does not divide the batch.
+    """
+    share = _host_share(config, host, hosts)
+    chosen = orders or {}
+    corpora = {
+        name: _lay_out(config, cache, lookahead, chosen.get(name, _document_order(config, name, cache)))
+        for name, cache in caches.items()
+    }
+    numbers = _row_numbers(config, corpora)
+    locate = _locator(list(corpora.values()))
+    sources = list(caches.values())
+
+    def rows_at(step: int) -> list[tuple[int, Row]]:
+        begin = step * config.batch_size + share.start
+        return [locate(numbers[i]) for i in range(begin, begin + len(share))]
+
+    def batch_at(step: int) -> TokenBatch:
+        return stack_rows([row for _, row in rows_at(step)], len(share), config.length + lookahead)
+
+    def documents_at(step: int) -> list[str]:
+        names = (sources[k].document_id(int(i)) for k, row in rows_at(step) for i in row.documents)
+        return list(dict.fromkeys(names))
+
+    def batches(start: int = 0, stop: int | None = None) -> Iterator[TokenBatch]:
+        return _prefetched(batch_at, start, stop, config.prefetch)
+
+    return Stream(
+        batch_at, documents_at, batches, rows=sum(corpus.rows for corpus in corpora.values()),
+        tokens=sum(len(cache.tokens_N) for cache in sources),
+        text_bytes=sum(cache.text_bytes for cache in sources),
+    )  # fmt: skip
+
+
+def heldout_batches(
+    config: DataConfig, caches: Mapping[str, TokenCache], *, lookahead: int = 1, host: int = 0, hosts: int = 1
+) -> Iterator[TokenBatch]:  # fmt: skip
+    """Every row of every source once, in order; the last batch is filled up with rows of padding.
+
+    Args and errors as `train_stream`; every host sees the same number of batches.
+    """
+    share = _host_share(config, host, hosts)
+    corpora = [_lay_out(config, cache, lookahead, None) for cache in caches.values()]
+    locate, rows = _locator(corpora), sum(corpus.rows for corpus in corpora)
+
+    def batch_at(step: int) -> TokenBatch:
+        begin = step * config.batch_size + share.start
+        found = [locate(i)[1] for i in range(begin, min(begin + len(share), rows))]
+        return stack_rows(found, len(share), config.length + lookahead)
+
+    return _prefetched(batch_at, 0, -(-rows // config.batch_size), config.prefetch)
+
+
+def _host_share(config: DataConfig, host: int, hosts: int) -> range:
+    check(
+        config.batch_size % hosts == 0, "data.batch_size", config.batch_size,
+        f"a multiple of the number of hosts, {hosts}", "The global batch is divided evenly.",
+    )  # fmt: skip
+    check(0 <= host < hosts, "host", host, f"0 to {hosts - 1}")
+    size = config.batch_size // hosts
+    return range(host * size, (host + 1) * size)
+
+
+def _lay_out(config: DataConfig, cache: TokenCache, lookahead: int, order: np.ndarray | None) -> Packing:
+    shape = {"length": config.length, "lookahead": lookahead}
+    return lay_out(cache.tokens_N, cache.offsets, **shape, mode=config.packing, order=order)
+
+
+def _document_order(config: DataConfig, name: str, cache: TokenCache) -> np.ndarray | None:
+    if config.order == "corpus":
+        return None
+    return np.random.default_rng(_seed(config, name, "documents")).permutation(cache.documents)
+
+
+def _seed(config: DataConfig, name: str, use: str) -> int:
+    # A hash, because grain adds the epoch to the seed: with nearby seeds two runs would share epochs.
+    return zlib.crc32(f"{config.seed} {use} {name}".encode())
+
+
+def _row_numbers(config: DataConfig, corpora: Mapping[str, Packing]) -> grain.MapDataset:
+    """An endless sequence of row numbers, counted through all sources, with random access."""
+    parts, weights, base = [], [], 0
+    for name, corpus in corpora.items():
+        numbers = grain.MapDataset.range(base, base + corpus.rows)
+        parts.append(numbers.shuffle(seed=_seed(config, name, "rows")).repeat())
+        weights.append(config.weights.get(name, 1.0))
+        base += corpus.rows
+    return grain.MapDataset.mix(parts, weights=weights) if len(parts) > 1 else parts[0]
+
+
+def _locator(corpora: list[Packing]) -> Callable[[int], tuple[int, Row]]:
+    """From a row number counted through all sources to (number of the source, row)."""
+    ends = np.cumsum([corpus.rows for corpus in corpora])
+
+    def locate(number: int) -> tuple[int, Row]:
+        k = int(np.searchsorted(ends, number, side="right"))
+        return k, row_at(corpora[k], int(number - (ends[k] - corpora[k].rows)))
+
+    return locate
+
+
+def _prefetched(
+    batch_at: Callable[[int], TokenBatch], start: int, stop: int | None, ahead: int
+) -> Iterator[TokenBatch]:  # fmt: skip
+    steps = grain.MapDataset.range(start, sys.maxsize if stop is None else stop).map(batch_at)
+    options = grain.ReadOptions(num_threads=min(2, ahead), prefetch_buffer_size=ahead)
+    iterator = iter(steps.to_iter_dataset(options))
+    try:
+        yield from iterator
+    finally:
+        iterator.close()

@@ -1,0 +1,216 @@
+"""Text to token ids and back: bytes, a Hugging Face `tokenizer.json`, or BPE trained on the run's text."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from lmlab.core.errors import UserError
+from lmlab.data.config import Bytes, Tokenizer, TokenizerFile, TrainedBPE
+from lmlab.data.folders import build_once
+from lmlab.data.progress import say
+from lmlab.data.sources import Document
+
+END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[SEP]", "[EOS]")
+"""Names that published tokenizers give to the token that ends a text, the usual ones first."""
+_RECORD, _MODEL = "text_tokenizer.json", "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A tokenizer as pure functions; text that spells a special token is encoded as plain text."""
+
+    vocab_size: int
+    """V."""
+    end_id: int
+    """The token before and after every document."""
+    encode_batch: Callable[[Sequence[str]], list[np.ndarray]]
+    """Texts to int32 ids, without markers; runs on all cores where the library does."""
+    decode: Callable[[Iterable[int]], str]
+    """Ids to text: special tokens vanish, bytes that are not UTF-8 become U+FFFD."""
+    token_bytes_V: np.ndarray
+    """float32, the bytes of text that each token stands for; 0 for special tokens."""
+    fingerprint: str
+    """Hash of all that decides how text is encoded."""
+    save: Callable[[Path], None]
+    """Write what `load_tokenizer` needs into a folder."""
+
+
+def build_tokenizer(
+    config: Tokenizer, train_documents: Callable[[], Iterator[Document]], cache_dir: Path,
+    train_fingerprint: str,
+) -> TextTokenizer:  # fmt: skip
+    """The tokenizer that `config` describes; BPE is trained once for each training text and then cached.
+
+    Args:
+        config: which tokenizer.
+        train_documents: starts a pass over the training documents; called only to train BPE.
+        cache_dir: where trained vocabularies are kept.
+        train_fingerprint: hash of the training documents.
+
+    Raises:
+        UserError: the file is missing or not a tokenizer, or has no token to end documents with.
+    """
+    match config:
+        case Bytes():
+            return byte_tokenizer()
+        case TokenizerFile():
+            return _from_file(Path(config.path).expanduser(), config.end_token)
+        case TrainedBPE():
+            path = _trained_bpe(config, train_documents, cache_dir, train_fingerprint)
+            return _from_file(path, END_TOKENS[0])
+
+
+def load_tokenizer(folder: Path) -> TextTokenizer:
+    """The tokenizer that `TextTokenizer.save` wrote into `folder`.
+
+    Raises:
+        UserError: nothing was saved there.
+    """
+    try:
+        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError("tokenizer", str(folder), f"a folder with a saved tokenizer ({_RECORD})") from error
+    return byte_tokenizer() if record["kind"] == "bytes" else _from_file(folder / _MODEL, record["end_token"])
+
+
+def byte_tokenizer() -> TextTokenizer:
+    """UTF-8 bytes as ids 0 to 255; 256 ends a document."""
+
+    def encode_batch(texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+
+    def decode(ids: Iterable[int]) -> str:
+        return bytes(int(i) for i in ids if i < 256).decode(errors="replace")
+
+    def save(folder: Path) -> None:
+        (folder / _RECORD).write_text(json.dumps({"kind": "bytes"}), encoding="utf-8")
+
+    token_bytes_V = np.append(np.ones(256, np.float32), np.float32(0))
+    return TextTokenizer(257, 256, encode_batch, decode, token_bytes_V, "bytes-1", save)
+
+
+def _from_file(path: Path, end_token: str) -> TextTokenizer:
+    """A tokenizer.json as a `TextTokenizer`.
+
+    The library finds the names of special tokens in the text itself unless `encode_special_tokens` is set,
+    and never those of tokens that are added but not special; the end token is therefore made special first.
+    """
+    model = _read(path)
+    end_token, end_id = _find_end_token(model, end_token, path)
+    model.add_special_tokens([tokenizers.AddedToken(end_token, special=True, normalized=False)])
+    model.encode_special_tokens = True
+    model.no_truncation()
+    model.no_padding()
+    serialised = model.to_str()
+
+    def encode_batch(texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = model.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+
+    def decode(ids: Iterable[int]) -> str:
+        return model.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def save(folder: Path) -> None:
+        (folder / _MODEL).write_text(serialised, encoding="utf-8")
+        record = {"kind": "tokenizer.json", "end_token": end_token}
+        (folder / _RECORD).write_text(json.dumps(record), encoding="utf-8")
+
+    vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
+    fingerprint = hashlib.blake2b(f"{end_token}\n{serialised}".encode(), digest_size=16).hexdigest()
+    return TextTokenizer(
+        vocab_size, end_id, encode_batch, decode, _token_bytes(model, vocab_size), fingerprint, save
+    )  # fmt: skip
+
+
+def _read(path: Path) -> tokenizers.Tokenizer:
+    if not path.is_file():
+        raise UserError("data.tokenizer.path", str(path), "an existing tokenizer.json", "Check the path.")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # The library raises bare Exception for whatever it cannot read.
+        raise UserError(
+            "data.tokenizer.path", str(path), f"a Hugging Face tokenizer.json ({error})",
+            "A slow tokenizer (vocab.json and merges.txt) is converted by transformers' save_pretrained.",
+        ) from error  # fmt: skip
+
+
+def _find_end_token(model: tokenizers.Tokenizer, wanted: str, path: Path) -> tuple[str, int]:
+    for name in (wanted,) if wanted else END_TOKENS:
+        if (found := model.token_to_id(name)) is not None:
+            return name, found
+    special = sorted(t.content for t in model.get_added_tokens_decoder().values() if t.special)
+    raise UserError(
+        "data.tokenizer.end_token", wanted, f"a token of {path}",
+        f"Its special tokens: {', '.join(special[:20]) or 'none'}. The usual names: {', '.join(END_TOKENS)}.",
+    )  # fmt: skip
+
+
+def _token_bytes(model: tokenizers.Tokenizer, vocab_size: int) -> np.ndarray:
+    """Bytes of each token, float32 [V]: exact for byte-level and byte-fallback vocabularies.
+
+    Where a vocabulary normalises text or drops spaces (WordPiece) the sum is only near a text's length.
+    """
+    added = model.get_added_tokens_decoder()
+    settings = json.loads(model.to_str())
+    parts = json.dumps([settings.get("pre_tokenizer"), settings.get("decoder")])
+    count = _count_byte_level if '"ByteLevel"' in parts else _count_sentencepiece
+    bytes_V = np.zeros(vocab_size, np.float32)
+    for token, i in model.get_vocab(with_added_tokens=True).items():
+        if i in added:
+            bytes_V[i] = 0 if added[i].special else len(token.encode())
+        else:
+            bytes_V[i] = count(token)
+    return bytes_V
+
+
+def _count_byte_level(token: str) -> int:
+    # Byte-level vocabularies write every byte as one printable character.
+    return len(token)
+
+
+def _count_sentencepiece(token: str) -> int:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return 1
+    return len(token.removeprefix("##").replace("▁", " ").encode())
+
+
+def _trained_bpe(
+    config: TrainedBPE, train_documents: Callable[[], Iterator[Document]], cache_dir: Path, fingerprint: str
+) -> Path:  # fmt: skip
+    key = json.dumps([asdict(config), fingerprint, tokenizers.__version__])
+    name = f"bpe-{config.vocab_size}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
+
+    def build(folder: Path) -> None:
+        say(f"training a tokenizer of {config.vocab_size:,} tokens")
+        _train_bpe(config, train_documents()).save(str(folder / _MODEL))
+
+    return build_once(cache_dir / name, lambda folder: (folder / _MODEL).is_file(), build) / _MODEL
+
+
+def _train_bpe(config: TrainedBPE, documents: Iterator[Document]) -> tokenizers.Tokenizer:
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size, special_tokens=[END_TOKENS[0]], show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )  # fmt: skip
+    model.train_from_iterator(_first_bytes(documents, config.train_bytes), trainer)
+    return model
+
+
+def _first_bytes(documents: Iterator[Document], limit: int) -> Iterator[str]:
+    read = 0
+    for document in documents:
+        text = document.text.encode()[: limit - read].decode(errors="ignore")
+        read += len(text.encode())
+        yield text
+        if read >= limit or len(text) < len(document.text):
+            return

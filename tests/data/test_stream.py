@@ -1,0 +1,166 @@
+"""The stream: any step at once, any number of hosts, every row once an epoch, weights kept everywhere."""
+
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from lmlab.core.errors import UserError
+from lmlab.data.config import DataConfig, Files
+from lmlab.data.stream import heldout_batches, train_stream
+
+TWO = {"a": Files("a"), "b": Files("b")}
+
+
+def config(**changes) -> DataConfig:
+    return DataConfig(**{"sources": {"a": Files("a")}, "length": 16, "batch_size": 4} | changes)
+
+
+def fields(batch) -> list[np.ndarray]:
+    return [batch.tokens_BT, batch.segments_BT, batch.positions_BT, batch.label_mask_BT]
+
+
+def assert_same(one, other):
+    for left, right in zip(fields(one), fields(other), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def rows_of(batches) -> list[bytes]:
+    return [row.tobytes() for batch in batches for row in batch.tokens_BT]
+
+
+def test_iteration_equals_seeking_from_any_start(make_cache):
+    stream = train_stream(config(), {"a": make_cache("a", 50)})
+    for start in (0, 3, 10**9):
+        for step, batch in enumerate(stream.batches(start, start + 5), start=start):
+            assert_same(batch, stream.batch_at(step))
+    endless = stream.batches(7)
+    assert_same(next(endless), stream.batch_at(7))
+    endless.close()
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_together_make_the_same_batch(make_cache, hosts):
+    caches, settings = {"a": make_cache("a", 30), "b": make_cache("b", 20, seed=1)}, config(sources=TWO)
+    whole = train_stream(settings, caches)
+    parts = [train_stream(settings, caches, host=h, hosts=hosts) for h in range(hosts)]
+    for step in (0, 5, 10**6):
+        split = [fields(part.batch_at(step)) for part in parts]
+        for k, field in enumerate(fields(whole.batch_at(step))):
+            np.testing.assert_array_equal(field, np.concatenate([part[k] for part in split]))
+    heldout = (
+        batch for h in range(hosts) for batch in heldout_batches(settings, caches, host=h, hosts=hosts)
+    )
+    assert Counter(rows_of(heldout)) == Counter(rows_of(heldout_batches(settings, caches)))
+
+
+def test_every_epoch_holds_every_row_in_an_order_of_its_own(make_cache):
+    stream = train_stream(config(batch_size=1, length=8), {"a": make_cache("a", 40)})
+    epochs = [
+        rows_of(stream.batch_at(step) for step in range(e * stream.rows, (e + 1) * stream.rows))
+        for e in range(3)
+    ]
+    assert Counter(epochs[0]) == Counter(epochs[1]) == Counter(epochs[2])
+    assert epochs[0] != epochs[1]
+    assert epochs[1] != epochs[2]
+
+
+def test_one_epoch_reads_every_token_once(make_cache):
+    cache = make_cache("a", 40)
+    stream = train_stream(config(batch_size=1, length=8), {"a": cache})
+    read = Counter()
+    for step in range(stream.rows):
+        batch = stream.batch_at(step)
+        read.update(batch.tokens_BT[0, :8][batch.segments_BT[0, :8] != 0].tolist())
+    assert read == Counter(cache.tokens_N.tolist())
+    assert stream.tokens == len(cache.tokens_N)
+
+
+def test_seeds_give_other_orders_and_neighbouring_seeds_share_no_epoch(make_cache):
+    cache = {"a": make_cache("a", 40)}
+    orders = set()
+    for seed in range(3):
+        stream = train_stream(config(seed=seed, order="corpus", batch_size=1), cache)
+        for epoch in range(3):
+            steps = range(epoch * stream.rows, (epoch + 1) * stream.rows)
+            orders.add(tuple(rows_of(stream.batch_at(step) for step in steps)))
+    assert len(orders) == 9
+
+
+def test_mixture_keeps_its_weights_at_every_point(make_cache):
+    caches = {"a": make_cache("a", 60), "b": make_cache("b", 25, seed=1)}
+    stream = train_stream(config(sources=TWO, weights={"a": 3.0}, batch_size=1), caches)
+    for begin in (0, 10**7):
+        sources = [stream.documents_at(step)[0].split()[0] for step in range(begin, begin + 400)]
+        assert abs(sources.count("a") - 300) <= 2
+        assert all(abs(sources[i : i + 40].count("a") - 30) <= 2 for i in range(0, 400, 40))
+
+
+def test_adding_a_source_keeps_the_order_of_the_others(make_cache):
+    caches = {"a": make_cache("a", 30), "b": make_cache("b", 20, seed=1)}
+    alone = train_stream(config(batch_size=1), {"a": caches["a"]})
+    mixed = train_stream(config(sources=TWO, batch_size=1), caches)
+    from_a = [s for s in range(40) if mixed.documents_at(s)[0].startswith("a")]
+    for k, step in enumerate(from_a):
+        assert_same(mixed.batch_at(step), alone.batch_at(k))
+
+
+def test_documents_of_a_step_are_those_in_its_rows(make_cache):
+    cache = make_cache("a", 30)
+    stream = train_stream(config(batch_size=2), {"a": cache})
+    texts = {
+        cache.document_id(i): cache.tokens_N[slice(*cache.offsets[i : i + 2])].tolist() for i in range(30)
+    }
+    for step in range(10):
+        batch, names = stream.batch_at(step), stream.documents_at(step)
+        pieces = [
+            row[segments == k].tolist()
+            for row, segments in zip(batch.tokens_BT, batch.segments_BT, strict=True)
+            for k in range(1, segments.max() + 1)
+        ]
+        for piece in pieces:
+            assert any(str(piece)[1:-1] in str(texts[name]) for name in names)
+
+
+def test_a_given_order_decides_which_documents_meet(make_cache):
+    cache = make_cache("a", 12)
+    stream = train_stream(config(batch_size=1, length=400), {"a": cache}, orders={"a": np.array([7, 2, 9])})
+    assert stream.rows == 1
+    assert stream.documents_at(0) == ["a 7", "a 2", "a 9"]
+
+
+def test_heldout_holds_every_row_once_and_ends_in_padding(make_cache):
+    caches = {"a": make_cache("a", 13), "b": make_cache("b", 9, seed=1)}
+    batches = list(heldout_batches(config(sources=TWO, length=8, batch_size=4), caches, lookahead=1))
+    assert {batch.tokens_BT.shape for batch in batches} == {(4, 9)}
+    read = np.concatenate([batch.tokens_BT[:, :8][batch.segments_BT[:, :8] != 0] for batch in batches])
+    both = np.concatenate([cache.tokens_N for cache in caches.values()])
+    np.testing.assert_array_equal(read, both)
+    labels = sum(
+        int((batch.segments_BT[:, 1:] == batch.segments_BT[:, :-1])[batch.label_mask_BT[:, 1:]].sum())
+        for batch in batches
+    )
+    assert labels == len(both) - 22
+
+
+def test_a_corpus_smaller_than_a_batch_repeats(make_cache):
+    stream = train_stream(config(batch_size=8, length=4000), {"a": make_cache("a", 3)})
+    assert stream.rows == 1
+    assert len(set(rows_of([stream.batch_at(0)]))) == 1
+
+
+def test_seeking_far_ahead_takes_milliseconds(make_cache):
+    stream = train_stream(config(), {"a": make_cache("a", 200)})
+    stream.batch_at(0)
+    seconds = []
+    for step in (10**9, 10**9 + 12345, 10**8):
+        begin = time.perf_counter()
+        stream.batch_at(step)
+        seconds.append(time.perf_counter() - begin)
+    assert min(seconds) < 0.05
+
+
+def test_hosts_have_to_divide_the_batch(make_cache):
+    with pytest.raises(UserError, match=r"batch_size = 4.*multiple of the number of hosts, 3"):
+        train_stream(config(), {"a": make_cache("a", 5)}, hosts=3)
