@@ -23,7 +23,8 @@ class Progress:
     def __init__(self, total_steps: int, start_step: int, clock: Callable[[], float] = time.monotonic) -> None:
         """A display for the steps from `start_step` to `total_steps`."""
         self._total, self._step, self._clock = total_steps, start_step, clock
-        self._mark, self._shown = clock(), -LINE_SECONDS
+        self._mark: float | None = None
+        self._shown = -LINE_SECONDS
         self._seconds_per_step: float | None = None
         self._console = Console(file=sys.stdout, highlight=False)
         self._bar = Bar(
@@ -36,7 +37,8 @@ class Progress:
     def update(self, step: int, values: Mapping[str, float], tokens_per_second: float) -> None:
         """Show the newest step."""
         now = self._clock()
-        if step > self._step:
+        # The first interval is compilation, not pace.
+        if self._mark is not None and step > self._step:
             self._learn_pace((now - self._mark) / (step - self._step))
         self._step, self._mark = step, now
         text = self._describe(values, tokens_per_second)
@@ -59,6 +61,8 @@ class Progress:
         parts = [f"loss {values['loss']:.3f}"]
         if "bits_per_byte" in values:
             parts.append(f"{values['bits_per_byte']:.3f} bits/byte")
+        if self._seconds_per_step is None:
+            return "  ".join(parts)
         left = round(self.seconds_left())
         hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
         eta = f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

@@ -1,0 +1,45 @@
+"""A model whose text is known beforehand: after token i comes i + 1."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmlab.models.lm import LM
+
+END = 59
+
+
+def counting_lm(vocab: int = END + 1, max_length: int = 120) -> LM:
+    """After token i comes (i + 1) mod vocab, with a probability of nearly one."""
+
+    def apply(params, inputs, *, positions_BT=None, segments_BT=None, mask=None, cache=None):
+        del params, positions_BT, segments_BT, mask
+        return jax.nn.one_hot((inputs + 1) % vocab, vocab), cache
+
+    return LM(
+        config=None, vocab_size=vocab, max_length=max_length, init=lambda key: {}, apply=apply,
+        embed=lambda params, tokens_BT: tokens_BT, head=lambda params: params,
+        logits=lambda params, hidden: 100.0 * hidden,
+        init_cache=lambda batch, length: jnp.zeros((batch, length)),
+        take_rows=lambda cache, rows_N: cache[rows_N], axes={},
+    )  # fmt: skip
+
+
+class Letters:
+    """Token i is the character of code 48 + i; the last token ends a document."""
+
+    end_id = END
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """One token a character."""
+        return [np.asarray([ord(letter) - 48 for letter in text], np.int32) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """One character a token."""
+        return "".join(chr(48 + i) for i in ids)
+
+
+WHOLE = Letters().decode(range(END))
+"""The only document of the counting model."""

@@ -1,0 +1,95 @@
+"""The train step: microbatches change nothing, terms are weighed globally, state advances."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lmlab.core.types import Ratio, Terms
+from lmlab.objectives.next_token import next_token
+from lmlab.testing.tables import OBJECTIVES
+from lmlab.testing.tiny import random_batch, tiny_lm
+from lmlab.train.state import init_state
+from lmlab.train.step import make_step
+
+LM = tiny_lm()
+TX = optax.adam(1e-2)
+
+
+def run(objective, batch, microbatches, steps=3):
+    step = jax.jit(make_step(objective, TX, microbatches=microbatches))
+    state = init_state(LM.init, TX, 0)
+    for _ in range(steps):
+        state, metrics = step(state, batch)
+    return state, metrics
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("microbatches", [2, 8])
+def test_one_batch_of_8_is_8_of_1(name, microbatches):
+    # Rows hold different numbers of labels, so a mean of means would be off in the first digit.
+    batch = random_batch(rows=8, seed=5)
+    whole, parts = (run(OBJECTIVES[name].build(LM), batch, m) for m in (1, microbatches))
+    chex.assert_trees_all_close(whole[0].params, parts[0].params, atol=1e-6)
+    chex.assert_trees_all_close(whole[1], parts[1], rtol=1e-5, atol=1e-6)
+
+
+def weighted(params, batch, key):
+    """Two terms with weights and a metric that can be checked by hand; the gradient is known."""
+    x, w = batch["x"], batch["w"]
+    return Terms(
+        losses={"a": Ratio(jnp.sum(w * params["p"] * x), jnp.sum(w)), "b": Ratio(params["p"] ** 2, jnp.ones(()))},
+        scales={"a": 2.0, "b": 0.5},
+        metrics={"mean_x": Ratio(jnp.sum(x), jnp.asarray(float(x.size)))},
+    )
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 4])
+def test_loss_is_scale_times_sum_over_weight(microbatches):
+    batch = {"x": jnp.asarray([1.0, 2.0, 3.0, 4.0]), "w": jnp.asarray([1.0, 0.0, 0.0, 2.0])}
+    tx = optax.sgd(1.0)
+    state = init_state(lambda key: {"p": jnp.asarray(3.0)}, tx, 0)
+    state, metrics = jax.jit(make_step(weighted, tx, microbatches=microbatches))(state, batch)
+    # a: (1*1 + 2*4) / 3 = 3 per unit of p. b has weight 1 in each microbatch, so its mean is p^2.
+    assert np.isclose(metrics["loss"], 2 * 3 * 3 + 0.5 * 9)
+    assert np.isclose(metrics["loss/a"], 9)
+    assert np.isclose(metrics["loss/b"], 9)
+    assert np.isclose(metrics["mean_x"], 2.5)
+    assert np.isclose(state.params["p"], 3 - (2 * 3 + 0.5 * 2 * 3))
+    assert np.isclose(metrics["grad_norm"], 9)
+
+
+def test_a_batch_without_labels_moves_nothing():
+    batch = random_batch(rows=4)
+    batch = batch.replace(label_mask_BT=jnp.zeros_like(batch.label_mask_BT))
+    state, metrics = run(next_token(LM), batch, 2)
+    chex.assert_trees_all_equal(state.params, init_state(LM.init, TX, 0).params)
+    assert metrics["loss"] == 0
+
+
+def test_weights_pass_costs_no_model():
+    # The pass that sums the weights must not run the model: compiled FLOPs stay those of one gradient.
+    batch = random_batch(rows=8)
+    state = init_state(LM.init, TX, 0)
+    objective = next_token(LM, chunk=100)
+    step = jax.jit(make_step(objective, TX)).lower(state, batch).compile().cost_analysis()["flops"]
+    total = lambda params: objective(params, batch, state.key).losses["next_token"].sum
+    alone = jax.jit(jax.grad(total)).lower(state.params).compile().cost_analysis()["flops"]
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    assert step < 1.1 * alone + 60 * parameters
+
+
+def test_step_compiles_once():
+    step = jax.jit(chex.assert_max_traces(make_step(next_token(LM), TX), n=1))
+    state = init_state(LM.init, TX, 0)
+    for seed in range(3):
+        state, _ = step(state, random_batch(seed=seed))
+    assert int(state.step) == 3
+
+
+def test_seed_decides_the_run():
+    one, again, other = (init_state(LM.init, TX, seed).params for seed in (0, 0, 1))
+    chex.assert_trees_all_equal(one, again)
+    assert bool(jnp.any(one["embedding"] != other["embedding"]))
