@@ -202,9 +202,7 @@ def _dispatch(words: list[str]) -> int:
 
 def _parse(kind: type[Any], words: list[str], default: Any) -> Any:
     options = {} if default is None else {"default": default}
-    parsed = tyro.cli(
-        kind, prog=f"lmlab {words[0]}", args=words[1:], config=(tyro.conf.AvoidSubcommands,), **options
-    )
+    parsed = tyro.cli(kind, prog=f"lmlab {words[0]}", args=words[1:], config=(tyro.conf.AvoidSubcommands,), **options)
     return replace(parsed)
 
 

@@ -24,7 +24,7 @@ from lmlab.objectives.next_token import next_token
 from lmlab.optim.chain import build_optimizer
 from lmlab.recipe import EvalConfig, Pretrain
 from lmlab.report.environment import describe_environment
-from lmlab.report.metrics import MetricsLog
+from lmlab.report.metrics import MetricsLog, read_rows
 from lmlab.report.page import write_report
 from lmlab.report.progress import Progress
 from lmlab.train.checkpoint import Checkpoints, finish, open_checkpoints, restore, save
@@ -132,8 +132,7 @@ def _keep_samples(folder: Path, step: int) -> None:
     """Drop samples drawn after the step that the run goes on from; they will be drawn again."""
     path = folder / SAMPLES
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        kept = [json.dumps(row) for row in read_rows(path) if row["step"] <= step]
         partial_path = path.with_suffix(".partial")
         partial_path.write_text("".join(line + "\n" for line in kept))
         partial_path.replace(path)

@@ -84,9 +84,7 @@ def wrong_arrows(name, tree, known):
 
 def cycle(trees):
     """Modules that import each other in a circle, lazily or not; empty if there is none."""
-    graph = {
-        name: {other for other in imports(tree, trees) if other in trees} for name, tree in trees.items()
-    }
+    graph = {name: {other for other in imports(tree, trees) if other in trees} for name, tree in trees.items()}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -135,9 +133,7 @@ def undocumented(name, tree):
             if isinstance(node, ast.ClassDef):
                 visit(node, here)
             else:
-                wrong.extend(
-                    f"{here}: {what} has no type" for what in untyped(node, isinstance(scope, ast.ClassDef))
-                )
+                wrong.extend(f"{here}: {what} has no type" for what in untyped(node, isinstance(scope, ast.ClassDef)))
 
     visit(tree, name)
     return wrong
@@ -169,12 +165,7 @@ def prints(name, tree):
     """Calls of print outside of the command line. A function `say` prints: it is what callers may replace."""
     if name == "lmlab.cli":
         return []
-    spoken = {
-        id(node)
-        for f in ast.walk(tree)
-        if isinstance(f, Functions) and f.name == "say"
-        for node in ast.walk(f)
-    }
+    spoken = {id(node) for f in ast.walk(tree) if isinstance(f, Functions) and f.name == "say" for node in ast.walk(f)}
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and id(node) not in spoken]
     named = [node for node in calls if isinstance(node.func, ast.Name) and node.func.id == "print"]
     return [f"{name}:{node.lineno} prints" for node in named]
@@ -205,17 +196,13 @@ def test_configs_and_the_command_line_load_no_jax():
     assert {name: found for name in light if (found := loaded(name, TREE))} == {}
     # And the interpreter agrees with the reading of the syntax.
     program = f"import sys, {', '.join(light)}; print(sorted({HEAVY} & set(sys.modules)))"
-    out = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    out = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 
 
 def test_files_and_functions_are_short():
     files = [*(ROOT / "lmlab").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
-    assert [
-        wrong for path in files for wrong in too_long(path.relative_to(ROOT).as_posix(), path.read_text())
-    ] == []
+    assert [wrong for path in files for wrong in too_long(path.relative_to(ROOT).as_posix(), path.read_text())] == []
 
 
 def test_no_file_is_a_drawer_of_odds_and_ends():

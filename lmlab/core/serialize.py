@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 from typing import Any
 
-from lmlab.core.errors import UserError
+from lmlab.core.errors import UserError, check
 
 CLASS = "class"
 
@@ -15,6 +15,7 @@ def to_json(config: Any) -> Any:
         name = f"{type(config).__module__}:{type(config).__name__}"
         return {CLASS: name} | {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, dict):
+        check(CLASS not in config, "name", CLASS, "any other: it marks the classes of a config in JSON")
         return {key: to_json(value) for key, value in config.items()}
     if isinstance(config, tuple | list):
         return [to_json(value) for value in config]
@@ -39,10 +40,13 @@ def from_json(data: Any) -> Any:
 
 
 def _find_class(name: str) -> type[Any]:
-    module, _, cls = name.partition(":")
+    module, _, cls = name.partition(":") if isinstance(name, str) else ("", "", "")
     if not module.startswith("lmlab."):
         raise UserError(CLASS, name, "a config class of lmlab")
     try:
-        return getattr(importlib.import_module(module), cls)
+        found = getattr(importlib.import_module(module), cls)
     except (ImportError, AttributeError):
-        raise UserError(CLASS, name, "a config class that this version of lmlab has") from None
+        found = None
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+        raise UserError(CLASS, name, "a config class that this version of lmlab has")
+    return found

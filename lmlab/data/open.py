@@ -48,15 +48,12 @@ def open_data(config: DataConfig, *, lookahead: int = 1, host: int = 0, hosts: i
     tokenizer = build_tokenizer(config.tokenizer, partial(_interleaved, config, root), root, shares)
     splits: tuple[Split, ...] = ("train", "heldout")
     caches = {
-        split: {name: _tokenised(config, name, split, tokenizer, root) for name in config.sources}
-        for split in splits
+        split: {name: _tokenised(config, name, split, tokenizer, root) for name in config.sources} for split in splits
     }
     return Data(
         tokenizer=tokenizer,
         train=train_stream(config, caches["train"], lookahead=lookahead, host=host, hosts=hosts),
-        heldout=partial(
-            heldout_batches, config, caches["heldout"], lookahead=lookahead, host=host, hosts=hosts
-        ),
+        heldout=partial(heldout_batches, config, caches["heldout"], lookahead=lookahead, host=host, hosts=hosts),
         texts=partial(_texts, caches, tokenizer),
         caches=caches,
         summary=_summary(tokenizer, caches),

@@ -22,9 +22,11 @@ def make_held_out(
     def held_out(params: Params) -> dict[str, float]:
         total: Terms | None = None
         count = 0
-        for count, batch in enumerate(islice(batches(), limit or None), start=1):  # noqa: B007
+        for count, batch in enumerate(islice(batches(), limit or None), start=1):
             # float64 on the host: float32 sums of millions of tokens would drop digits.
-            terms = jax.tree.map(lambda x: float(x), jax.device_get(terms_of(params, batch, key_for(key, "eval", count))))
+            terms = jax.tree.map(
+                lambda x: float(x), jax.device_get(terms_of(params, batch, key_for(key, "eval", count)))
+            )
             total = terms if total is None else jax.tree.map(lambda a, b: a + b, total, terms)
         if total is None:
             return {}

@@ -103,7 +103,12 @@ def sample(
     Row i is drawn with fold_in(key, i). Raises `UserError` where prompt and room exceed the context.
     """
     lengths = [len(prompt) for prompt in prompts]
-    check(bool(lengths) and min(lengths) >= 1, "prompts", lengths, "at least one prompt, of at least one token each")
+    check(
+        bool(lengths) and min(lengths) >= 1,
+        "prompts",
+        lengths,
+        "at least one prompt, of at least one token each",
+    )
     longest = max(lengths)
     check(longest < lm.max_length, "prompt", f"{longest} tokens",
           f"less than model.max_length = {lm.max_length}", "Shorten the prompt.")  # fmt: skip
@@ -111,7 +116,7 @@ def sample(
     width = min(bucket(longest), lm.max_length)
     tokens_BT = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens_BT, prompts, strict=True):
-        check(0 <= prompt.min() and prompt.max() < lm.vocab_size, "prompt", int(prompt.max()),
+        check(prompt.min() >= 0 and prompt.max() < lm.vocab_size, "prompt", int(prompt.max()),
               f"token ids below the vocabulary of {lm.vocab_size}")  # fmt: skip
         row[: len(prompt)] = prompt
     room = min(width + -(-count // STRIDE) * STRIDE, max(lm.max_length, width))
@@ -145,6 +150,6 @@ def _draw_all(
     for row in range(batch):
         drawn = int(np.sum(tokens[row] >= 0))
         size = drawn if kept[row] is None else min(drawn, kept[row] or 0)
-        ended = size < tokens.shape[1] or tokens.shape[1] < count
+        ended = kept[row] is not None or size < count
         samples.append(Sample(tokens[row, :size].astype(np.int32), logprobs[row, :size], ended))
     return samples

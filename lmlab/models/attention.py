@@ -65,7 +65,10 @@ def xla_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: AttentionMa
         keys = slice(0, stop if mask.ordered else k_BSKH.shape[1])
         seen_BTS = dense_mask(slice_mask(mask, slice(start, stop), keys))
         scores = jnp.einsum(
-            "bkgth,bksh->bkgts", q_BKGTH[:, :, :, start:stop], k_BKSH[:, :, keys], preferred_element_type=jnp.float32
+            "bkgth,bksh->bkgts",
+            q_BKGTH[:, :, :, start:stop],
+            k_BKSH[:, :, keys],
+            preferred_element_type=jnp.float32,
         )
         weights = _masked_softmax(scores, seen_BTS[:, None, None]).astype(v_BSKH.dtype)
         outputs.append(jnp.einsum("bkgts,bksh->bkgth", weights, v_BKSH[:, :, keys]))
@@ -96,10 +99,8 @@ def _cudnn_obstacle(q_BTNH: Array) -> str:
 
 
 def cudnn_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: AttentionMask) -> Array:
-    """cuDNN's fused kernel under a dense mask."""
-    seen_B1TS = jnp.broadcast_to(
-        dense_mask(mask)[:, None], (q_BTNH.shape[0], 1, q_BTNH.shape[1], k_BSKH.shape[1])
-    )
+    """CuDNN's fused kernel under a dense mask."""
+    seen_B1TS = jnp.broadcast_to(dense_mask(mask)[:, None], (q_BTNH.shape[0], 1, q_BTNH.shape[1], k_BSKH.shape[1]))
     out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=seen_B1TS, implementation="cudnn")
     # The kernel averages all values for a query that sees no key.
     return jnp.where(jnp.any(seen_B1TS, axis=-1).transpose(0, 2, 1)[..., None], out_BTNH, 0)

@@ -18,9 +18,7 @@ class KVCache:
     """Where each row writes next."""
 
 
-def empty_cache(
-    layers: int, batch: int, length: int, kv_heads: int, head_dim: int, dtype: jnp.dtype
-) -> KVCache:
+def empty_cache(layers: int, batch: int, length: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> KVCache:
     """A cache with room for `length` tokens in each of `batch` rows."""
     zeros = jnp.zeros((layers, batch, length, kv_heads, head_dim), dtype)
     places = jnp.zeros((batch, length), jnp.int32)
@@ -43,9 +41,7 @@ def claim_places(cache: KVCache, positions_BT: Array, segments_BT: Array) -> tup
     return cache, places_BT
 
 
-def write(
-    cache: KVCache, layer: int | Array, places_BT: Array, keys_BTKH: Array, values_BTKH: Array
-) -> KVCache:
+def write(cache: KVCache, layer: int | Array, places_BT: Array, keys_BTKH: Array, values_BTKH: Array) -> KVCache:
     """Keys and values of one layer into their places."""
     rows = jnp.arange(places_BT.shape[0])[:, None]
     at = (layer, rows, places_BT)

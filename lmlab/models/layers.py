@@ -1,5 +1,6 @@
 """Norms, feed-forward and self-attention as linen modules. Kernels are stored unfused where they are separate
-matrices of the paper, along a `stack` axis where they share an input, so that one matmul computes them."""
+matrices of the paper, along a `stack` axis where they share an input, so that one matmul computes them.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """x [..., *inputs] -> [..., *outputs], in the type of x."""
+        """X [..., *inputs] -> [..., *outputs], in the type of x."""
         ins, outs = tuple(self.inputs.values()), tuple(self.outputs.values())
         names = (*self.inputs, *self.outputs)
         kernel = self.param("kernel", kernel_init(names, self.std), (*ins, *outs)).astype(x.dtype)

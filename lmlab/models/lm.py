@@ -17,8 +17,14 @@ class Apply(Protocol):
     """`apply(params, inputs, ...) -> (hidden_BTD, cache)`."""
 
     def __call__(
-        self, params: Params, inputs: Array, *, positions_BT: Array | None = None, segments_BT: Array | None = None,
-        mask: AttentionMask | None = None, cache: Cache | None = None,
+        self,
+        params: Params,
+        inputs: Array,
+        *,
+        positions_BT: Array | None = None,
+        segments_BT: Array | None = None,
+        mask: AttentionMask | None = None,
+        cache: Cache | None = None,
     ) -> tuple[Array, Cache | None]:
         """Hidden states of a batch of rows.
 
@@ -35,7 +41,8 @@ class Apply(Protocol):
 @dataclass(frozen=True, eq=False)
 class LM:
     """A language model. Everything in lmlab that takes a model takes this record. Equal only to itself, so that
-    it can be a static argument of `jax.jit`."""
+    it can be a static argument of `jax.jit`.
+    """
 
     config: Any
     """The typed config that it was built from."""

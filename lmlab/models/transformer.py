@@ -29,7 +29,7 @@ class Block(nn.Module):
         self, carry: Carry, layer: Array, table: tuple[Array, Array] | None, mask: AttentionMask,
         places_BT: Array | None,
     ) -> tuple[Carry, None]:  # fmt: skip
-        """x + attention(norm(x)), then x + mlp(norm(x)); or both from the same x if parallel."""
+        """X + attention(norm(x)), then x + mlp(norm(x)); or both from the same x if parallel."""
         config = self.config
         x_BTD, cache = carry
         norm = lambda name: Norm(config.norm, config.norm_eps, name=name)  # noqa: E731
@@ -59,7 +59,9 @@ class Decoder(nn.Module):
             )
         if config.positions == "learned":
             self.position_embedding = self.param(
-                "position_embedding", kernel_init(("positions", "embed"), INIT_STD / 2), (config.max_length, config.width)
+                "position_embedding",
+                kernel_init(("positions", "embed"), INIT_STD / 2),
+                (config.max_length, config.width),
             )
         self.layers = nn.scan(
             _remat(Block, config.execution),
@@ -77,7 +79,12 @@ class Decoder(nn.Module):
         return self.embedding[tokens_BT].astype(self.config.execution.compute_dtype)
 
     def __call__(
-        self, inputs: Array, positions_BT: Array, mask: AttentionMask, cache: KVCache | None, places_BT: Array | None
+        self,
+        inputs: Array,
+        positions_BT: Array,
+        mask: AttentionMask,
+        cache: KVCache | None,
+        places_BT: Array | None,
     ) -> tuple[Array, KVCache | None]:
         """See `lmlab.models.lm.Apply`."""
         config = self.config
@@ -124,9 +131,7 @@ def transformer(config: TransformerConfig) -> LM:
             if segments_BT is None:
                 segments_BT = jnp.ones((batch, length), jnp.int32)
             cache, places_BT = caches.claim_places(cache, positions_BT, segments_BT)
-            default = AttentionMask(
-                positions_BT, cache.positions_BS, segments_BT, cache.segments_BS, window=window
-            )
+            default = AttentionMask(positions_BT, cache.positions_BS, segments_BT, cache.segments_BS, window=window)
         else:
             default = self_attention_mask(positions_BT, segments_BT, window=window)
         return module.apply({"params": params}, inputs, positions_BT, mask or default, cache, places_BT)

@@ -19,9 +19,7 @@ def label_weights(batch: TokenBatch, ahead: int = 1) -> Array:
     return ((here == there) & (here != 0) & batch.label_mask_BT[:, ahead:]).astype(jnp.float32)
 
 
-def next_token(
-    lm: LM, *, z_loss: float = 0.0, chunk: int = 64, token_bytes_V: Array | None = None
-) -> Objective:
+def next_token(lm: LM, *, z_loss: float = 0.0, chunk: int = 64, token_bytes_V: Array | None = None) -> Objective:
     """Objective `-log p(x_t+1 | x_<=t)` over the labels of a `TokenBatch` whose rows hold T + 1 tokens.
 
     z_loss: coefficient of log(Z)^2 (arXiv 2204.02311). chunk: places of a row whose logits are held at once.

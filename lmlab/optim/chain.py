@@ -38,7 +38,7 @@ def _length(value: float, steps: int) -> int:
 
 
 def build_optimizer(config: OptimConfig, axes: Any, steps: int) -> optax.GradientTransformation:
-    """clip -> rule -> + weight_decay * params -> * -rate(step): decay is decoupled and masked alike for all rules.
+    """Clip -> rule -> + weight_decay * params -> * -rate(step): decay is decoupled and masked alike for all rules.
 
     axes: logical axis names by parameter (`LM.axes`). They tell Muon its matrices, which stacked layers and
     head axes hide from a look at the rank.
@@ -64,7 +64,7 @@ def build_optimizer(config: OptimConfig, axes: Any, steps: int) -> optax.Gradien
 
 
 def _scale_by_muon(config: OptimConfig, axes: Any) -> optax.GradientTransformation:
-    """optax's Muon on the hidden matrices (updates scaled to AdamW's size, arXiv 2502.16982), Adam elsewhere."""
+    """Optax's Muon on the hidden matrices (updates scaled to AdamW's size, arXiv 2502.16982), Adam elsewhere."""
 
     def dimensions(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers | None:
         found = matrix_axes(names)

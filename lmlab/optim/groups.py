@@ -1,5 +1,6 @@
 """Which parameters are treated how, decided by path and logical axes. Rank is no guide: stacked layers add an axis
-to everything, so that a norm's scale has two and a kernel three or more."""
+to everything, so that a norm's scale has two and a kernel three or more.
+"""
 
 import re
 from collections.abc import Sequence

@@ -38,7 +38,10 @@ def _lmlab_version() -> str:
         ["git", "-C", str(root), *words], capture_output=True, text=True, check=False
     ).stdout.strip()
     try:
-        commit, changed = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+        commit, changed = (
+            git("rev-parse", "--short", "HEAD"),
+            git("status", "--porcelain", "--untracked-files=no"),
+        )
     except OSError:
         return __version__
     return f"{__version__} at {commit}{' with changes' if changed else ''}" if commit else __version__

@@ -66,13 +66,14 @@ def _drop_after(path: Path, step: int) -> None:
     """Rewrite the file without the rows after `step`, whole or not at all."""
     if not path.exists():
         return
-    kept = [row for row in _rows(path) if row["step"] <= step]
+    kept = [row for row in read_rows(path) if row["step"] <= step]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
     partial.replace(path)
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file, up to one that a kill cut off."""
     rows = []
     for line in path.read_text().splitlines():
         try:
@@ -87,4 +88,4 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS
     if not path.is_file():
         raise UserError("run folder", str(folder), f"the folder of a run, with its {METRICS}")
-    return _rows(path)
+    return read_rows(path)

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lmlab.core.errors import UserError
-from lmlab.report.metrics import read_metrics
+from lmlab.report.metrics import read_metrics, read_rows
 from lmlab.report.plots import PLOTS, Rows, write_plots
 
 REPORT = "report.html"
@@ -104,7 +104,7 @@ def _samples(folder: Path) -> list[tuple[int, Sequence[Mapping[str, Any]]]]:
     path = folder / "samples.jsonl"
     if not path.is_file():
         return []
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    rows = read_rows(path)
     rows.sort(key=lambda row: -row["step"])
     return [(step, list(group)) for step, group in groupby(rows, key=lambda row: row["step"])]
 

@@ -70,7 +70,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Show lines above the bar. The text is shown as it is, brackets and all."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(text, markup=False, emoji=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         """Start the live display if there is a terminal."""

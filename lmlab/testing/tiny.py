@@ -63,7 +63,7 @@ def all_sequences(vocab: int, length: int) -> Array:
 
 
 def sequence_logprobs(lm: LM, params: Params, tokens_BT: Array, prompt: int) -> Array:
-    """log p(tokens after the prompt | prompt) of whole sequences [B], by one full forward pass."""
+    """Log p(tokens after the prompt | prompt) of whole sequences [B], by one full forward pass."""
     hidden_BTD, _ = lm.apply(params, tokens_BT[:, :-1])
     logprobs_BTV = jax.nn.log_softmax(lm.logits(params, hidden_BTD))
     chosen_BT = jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1)[..., 0]

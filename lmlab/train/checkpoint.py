@@ -38,7 +38,9 @@ def open_checkpoints(
 ) -> Checkpoints:
     """Open or create a folder of checkpoints that keeps the newest and those of lowest `held_out`."""
     best = policies.BestN(
-        get_metric_fn=lambda metrics: -metrics["held_out"], n=keep_best, keep_checkpoints_without_metrics=False
+        get_metric_fn=lambda metrics: -metrics["held_out"],
+        n=keep_best,
+        keep_checkpoints_without_metrics=False,
     )
     keep = [policies.LatestN(keep_last)] + ([best] if keep_best else [])
     options = ocp.CheckpointManagerOptions(
@@ -53,9 +55,7 @@ def open_checkpoints(
     return Checkpoints(folder, manager, say)
 
 
-def save(
-    checkpoints: Checkpoints, state: State, extra: Mapping[str, Any], held_out: float | None = None
-) -> None:
+def save(checkpoints: Checkpoints, state: State, extra: Mapping[str, Any], held_out: float | None = None) -> None:
     """Start to write the state of this step; returns once the arrays are copied from the device.
 
     extra: JSON, for instance the identity of model and data. held_out: loss by which the best are kept.
@@ -67,7 +67,9 @@ def save(
     rest = state.replace(params={})
     meta = {"shapes": shapes(state), "digests": digests(state), "extra": dict(extra)}
     items = ocp.args.Composite(
-        params=ocp.args.StandardSave(state.params), rest=ocp.args.StandardSave(rest), meta=ocp.args.JsonSave(meta)
+        params=ocp.args.StandardSave(state.params),
+        rest=ocp.args.StandardSave(rest),
+        meta=ocp.args.JsonSave(meta),
     )
     try:
         checkpoints.manager.save(step, args=items, metrics=None if held_out is None else {"held_out": held_out})
@@ -116,9 +118,9 @@ def restore_params(checkpoints: Checkpoints, params: Params) -> tuple[int, Param
 
     def read(step: int, meta: Mapping[str, Any]) -> tuple[int, Params]:
         _check_shapes(checkpoints.folder, _under(meta["shapes"], "params/"), shapes({"params": params}))
-        restored = checkpoints.manager.restore(
-            step, args=ocp.args.Composite(params=ocp.args.StandardRestore(params))
-        )["params"]
+        restored = checkpoints.manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(params)))[
+            "params"
+        ]
         _verify({"params": restored}, _under(meta["digests"], "params/"))
         return step, restored
 
@@ -192,8 +194,9 @@ def _digest_leaves(leaves: list[Array]) -> list[Array]:
 
 
 def _digest(x: Array) -> Array:
-    """sum over i of bits_i * (2 mix(i) + 1) mod 2^32. The factors are odd, so a change of one element shows for
-    certain; sums that wrap do not depend on their order, so neither does the digest on the sharding."""
+    """Sum over i of bits_i * (2 mix(i) + 1) mod 2^32. The factors are odd, so a change of one element shows for
+    certain; sums that wrap do not depend on their order, so neither does the digest on the sharding.
+    """
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_:

@@ -66,7 +66,11 @@ class NonFiniteLossError(UserError):
 
 
 def fit(
-    state: State, step_fn: Step, batches: Callable[[int], Iterator[Batch]], config: TrainConfig, calls: Callbacks
+    state: State,
+    step_fn: Step,
+    batches: Callable[[int], Iterator[Batch]],
+    config: TrainConfig,
+    calls: Callbacks,
 ) -> tuple[State, str | None]:
     """Train from `state.step` to `config.steps`; returns the state, and the signal that ended it early or None.
 
@@ -132,9 +136,7 @@ def _visit(state: State, done: int, due: Due, calls: Callbacks) -> None:
         calls.save(state, held_out)
 
 
-def _record(
-    done: int, metrics: Mapping[str, Any], config: TrainConfig, calls: Callbacks, clock: "Clock"
-) -> None:
+def _record(done: int, metrics: Mapping[str, Any], config: TrainConfig, calls: Callbacks, clock: "Clock") -> None:
     """Read the metrics of a step (which waits for it), check them, log and show them."""
     values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
     if not math.isfinite(values["loss"]) or not math.isfinite(values.get("grad_norm", 0.0)):

@@ -72,15 +72,13 @@ def _deal(x: Array, microbatches: int) -> Array:
 
 
 def ratio_value(ratio: Ratio) -> Array:
-    """sum / weight; 0 where the weight is 0."""
+    """Sum / weight; 0 where the weight is 0."""
     return jnp.where(ratio.weight != 0, ratio.sum / jnp.where(ratio.weight != 0, ratio.weight, 1), 0)
 
 
 def total_loss(terms: Terms, weights: dict[str, Array]) -> Array:
     """The loss: each term's sum over the given global weight, times its scale. Terms of weight 0 are left out."""
-    shares = [
-        terms.scales[name] * ratio_value(Ratio(term.sum, weights[name])) for name, term in terms.losses.items()
-    ]
+    shares = [terms.scales[name] * ratio_value(Ratio(term.sum, weights[name])) for name, term in terms.losses.items()]
     return jnp.sum(jnp.stack(shares))
 
 

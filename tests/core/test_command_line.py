@@ -22,9 +22,7 @@ sys.exit(code)
 
 
 def python(*words):
-    return subprocess.run(
-        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
-    )
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
 
 
 def test_help_takes_less_than_a_second():

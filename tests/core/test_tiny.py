@@ -34,9 +34,7 @@ def test_lively_moves_every_leaf_and_repeats():
 
 def test_random_batches_hold_documents_padding_and_tokens_that_are_no_labels():
     batch = random_batch(rows=20, length=9)
-    segments, positions, labels = (
-        np.asarray(x) for x in (batch.segments_BT, batch.positions_BT, batch.label_mask_BT)
-    )
+    segments, positions, labels = (np.asarray(x) for x in (batch.segments_BT, batch.positions_BT, batch.label_mask_BT))
     assert (segments == 0).any()
     assert (segments == 3).any()
     assert not labels[segments == 0].any()

@@ -15,8 +15,7 @@ from lmlab.data.standard_library import library_texts
 def splits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("library")
     return {
-        split: dict((d.id, d.text) for d in documents(PythonLibrary(), split, folder))
-        for split in ("train", "heldout")
+        split: dict((d.id, d.text) for d in documents(PythonLibrary(), split, folder)) for split in ("train", "heldout")
     }
 
 
@@ -44,9 +43,7 @@ def test_size_and_kinds_of_documents(splits):
 
 
 def test_share_is_part_of_the_fingerprint(tmp_path):
-    prints = {
-        fingerprint(PythonLibrary(p), split, tmp_path) for p in (4, 9) for split in ("train", "heldout")
-    }
+    prints = {fingerprint(PythonLibrary(p), split, tmp_path) for p in (4, 9) for split in ("train", "heldout")}
     assert len(prints) == 4
 
 
@@ -57,7 +54,5 @@ def test_preparing_prints_nothing_and_needs_no_tensorflow(tmp_path):
         "n = sum(1 for _ in documents(PythonLibrary(), 'heldout', Path(sys.argv[1])));"
         "assert n > 10 and 'tensorflow' not in sys.modules"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code, str(tmp_path)], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -186,9 +186,7 @@ def test_tfds_faults(prepared, tmp_path):
     unknown = fault(Tfds("tiny_text", data_dir=prepared), tmp_path)
     assert "data.sources.name = 'tiny_text'" in unknown
     assert "Near names: tiny_texts" in unknown
-    assert "There are: train, validation" in fault(
-        Tfds("tiny_texts", train="training", data_dir=prepared), tmp_path
-    )
+    assert "There are: train, validation" in fault(Tfds("tiny_texts", train="training", data_dir=prepared), tmp_path)
     assert "There are: body" in fault(Tfds("tiny_texts", data_dir=prepared), tmp_path)
     unprepared = fault(Tfds("lm1b", data_dir=prepared), tmp_path)
     assert "prepared under" in unprepared

@@ -49,17 +49,14 @@ def test_hosts_together_make_the_same_batch(make_cache, hosts):
         split = [fields(part.batch_at(step)) for part in parts]
         for k, field in enumerate(fields(whole.batch_at(step))):
             np.testing.assert_array_equal(field, np.concatenate([part[k] for part in split]))
-    heldout = (
-        batch for h in range(hosts) for batch in heldout_batches(settings, caches, host=h, hosts=hosts)
-    )
+    heldout = (batch for h in range(hosts) for batch in heldout_batches(settings, caches, host=h, hosts=hosts))
     assert Counter(rows_of(heldout)) == Counter(rows_of(heldout_batches(settings, caches)))
 
 
 def test_every_epoch_holds_every_row_in_an_order_of_its_own(make_cache):
     stream = train_stream(config(batch_size=1, length=8), {"a": make_cache("a", 40)})
     epochs = [
-        rows_of(stream.batch_at(step) for step in range(e * stream.rows, (e + 1) * stream.rows))
-        for e in range(3)
+        rows_of(stream.batch_at(step) for step in range(e * stream.rows, (e + 1) * stream.rows)) for e in range(3)
     ]
     assert Counter(epochs[0]) == Counter(epochs[1]) == Counter(epochs[2])
     assert epochs[0] != epochs[1]
@@ -109,9 +106,7 @@ def test_adding_a_source_keeps_the_order_of_the_others(make_cache):
 def test_documents_of_a_step_are_those_in_its_rows(make_cache):
     cache = make_cache("a", 30)
     stream = train_stream(config(batch_size=2), {"a": cache})
-    texts = {
-        cache.document_id(i): cache.tokens_N[slice(*cache.offsets[i : i + 2])].tolist() for i in range(30)
-    }
+    texts = {cache.document_id(i): cache.tokens_N[slice(*cache.offsets[i : i + 2])].tolist() for i in range(30)}
     for step in range(10):
         batch, names = stream.batch_at(step), stream.documents_at(step)
         pieces = [

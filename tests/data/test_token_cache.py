@@ -78,9 +78,7 @@ def test_killed_at_any_instant_then_built_equals_clean(tmp_path):
     open_at(clean)
     chance = random.Random(0)
     for _ in range(5):
-        process = subprocess.Popen(
-            [sys.executable, "-c", BUILD, str(killed)], stdout=subprocess.PIPE, text=True
-        )
+        process = subprocess.Popen([sys.executable, "-c", BUILD, str(killed)], stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline() == "begin\n"
         time.sleep(chance.uniform(0, 0.15))
         process.kill()
@@ -96,9 +94,7 @@ def test_killed_at_any_instant_then_built_equals_clean(tmp_path):
 
 def test_two_builders_at_once_build_once(tmp_path):
     run = [sys.executable, "-c", BUILD, str(tmp_path / "shared")]
-    both = [
-        subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
-    ]
+    both = [subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate(timeout=60) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert sum("tokenising" in stderr for _, stderr in outputs) == 1
@@ -140,9 +136,7 @@ def test_other_text_or_tokenizer_is_another_cache(tmp_path):
 
 @pytest.mark.parametrize("texts", [[], ["", ""]])
 def test_empty_corpus(tmp_path, texts):
-    with pytest.raises(
-        UserError, match=r"'killed': expected at least one document with text.*heldout_percent"
-    ):
+    with pytest.raises(UserError, match=r"'killed': expected at least one document with text.*heldout_percent"):
         open_at(tmp_path, lambda: iter(Document("d", text) for text in texts))
     assert not list(tmp_path.glob("tokens-*/"))
 
@@ -162,9 +156,7 @@ def test_full_disk_says_what_is_free_and_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(np, "save", full)
-    with pytest.raises(
-        UserError, match=r"cache_dir.*space for more than [\d,]+ bytes.*bytes are free.*another disk"
-    ):
+    with pytest.raises(UserError, match=r"cache_dir.*space for more than [\d,]+ bytes.*bytes are free.*another disk"):
         open_at(tmp_path)
     assert not list(tmp_path.glob("tokens-*/"))
 

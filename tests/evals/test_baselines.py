@@ -55,8 +55,7 @@ HELD_OUT = [
 def test_ngrams_equal_the_count_of_dictionaries(held_out):
     values = ngram_bits_per_byte(iter(TRAIN), iter(held_out))
     expected = {
-        name: WittenBell(TRAIN, order).bits_per_byte(held_out)
-        for name, order in (("unigram", 1), ("trigram", 3))
+        name: WittenBell(TRAIN, order).bits_per_byte(held_out) for name, order in (("unigram", 1), ("trigram", 3))
     }
     assert values == pytest.approx(expected, rel=1e-9)
 

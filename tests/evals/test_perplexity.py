@@ -28,9 +28,7 @@ def cut(sizes):
 
 @jax.jit
 def forward(params, batch):
-    hidden, _ = LM.apply(
-        params, batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT
-    )
+    hidden, _ = LM.apply(params, batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT)
     return jax.nn.log_softmax(LM.logits(params, hidden))
 
 
@@ -95,9 +93,7 @@ def test_scales_count_once_and_not_once_a_batch():
 def test_randomness_differs_by_batch_and_repeats_by_call():
     def objective(params, batch, key):
         noise = jax.random.uniform(key)
-        return Terms(
-            {"noise": Ratio(noise, jnp.ones(()))}, {"noise": 1.0}, {"square": Ratio(noise**2, jnp.ones(()))}
-        )
+        return Terms({"noise": Ratio(noise, jnp.ones(()))}, {"noise": 1.0}, {"square": Ratio(noise**2, jnp.ones(()))})
 
     held_out = make_held_out(objective, lambda: [0, 0, 0], KEY)
     values = held_out({})

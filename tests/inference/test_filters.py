@@ -29,9 +29,7 @@ def top_k(row, k):
 def top_p(row, p):
     """A token stays if those strictly better hold less than p."""
     return {
-        i
-        for i in range(len(row))
-        if sum(q for q, other in zip(probs(row), row, strict=True) if other > row[i]) < p
+        i for i in range(len(row)) if sum(q for q, other in zip(probs(row), row, strict=True) if other > row[i]) < p
     }
 
 

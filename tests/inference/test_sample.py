@@ -53,9 +53,7 @@ def test_continuations_follow_the_exact_distribution(filters):
         hidden_BTD, _ = lm.apply(params, whole[:, :-1])
         filtered = jax.vmap(lambda row: filter_logits(row, config))(lm.logits(params, hidden_BTD))
         logprobs = jax.nn.log_softmax(filtered)[:, len(prompt) - 1 :]
-        exact = np.exp(
-            np.take_along_axis(np.asarray(logprobs), np.asarray(every)[..., None], axis=2).sum((1, 2))
-        )
+        exact = np.exp(np.take_along_axis(np.asarray(logprobs), np.asarray(every)[..., None], axis=2).sum((1, 2)))
     else:
         exact = np.exp(np.asarray(sequence_logprobs(lm, params, whole, len(prompt))))
     assert np.isclose(exact.sum(), 1, atol=1e-5)

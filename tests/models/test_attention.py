@@ -38,7 +38,8 @@ MASKS = {
     "prefix": lambda pos, seg: self_attention_mask(pos, seg, prefix_B=jnp.asarray([3, 11])),
     "rule": lambda pos, seg: self_attention_mask(pos, seg, rule=lambda q, k: (q + k) % 3 != 0),
     "allowed": lambda pos, seg: self_attention_mask(
-        jnp.broadcast_to(jnp.arange(T), (B, T)), allowed_BTS=jax.random.bernoulli(jax.random.key(1), 0.3, (B, T, T))
+        jnp.broadcast_to(jnp.arange(T), (B, T)),
+        allowed_BTS=jax.random.bernoulli(jax.random.key(1), 0.3, (B, T, T)),
     ),
 }
 

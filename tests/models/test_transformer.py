@@ -17,7 +17,13 @@ TOKENS = jax.random.randint(jax.random.key(0), (2, 6), 0, 7)
 
 
 @pytest.mark.parametrize(
-    "execution", [ExecutionConfig(unroll=0), ExecutionConfig(unroll=2), ExecutionConfig(remat="full"), ExecutionConfig(remat="dots")]
+    "execution",
+    [
+        ExecutionConfig(unroll=0),
+        ExecutionConfig(unroll=2),
+        ExecutionConfig(remat="full"),
+        ExecutionConfig(remat="dots"),
+    ],
 )
 def test_execution_changes_no_number(execution):
     plain, other = tiny_lm(layers=4), tiny_lm(layers=4, execution=execution)
@@ -40,7 +46,11 @@ def test_remat_keeps_less():
 def test_parameter_count_of_the_benchmark_llama():
     lm = transformer(
         TransformerConfig(
-            vocab_size=4096, layers=6, width=384, attention=AttentionConfig(heads=6), mlp=MLPConfig(width=1024)
+            vocab_size=4096,
+            layers=6,
+            width=384,
+            attention=AttentionConfig(heads=6),
+            mlp=MLPConfig(width=1024),
         )
     )
     shapes = jax.eval_shape(lm.init, jax.random.key(0))
@@ -78,7 +88,9 @@ def test_adjacent_pairs_are_a_permutation_of_half_split():
     x = jax.random.normal(jax.random.key(0), (1, 3, 2, 8))
     table = rotary_table(RotaryConfig(), 8, jnp.arange(3)[None])
     order = np.asarray([0, 2, 4, 6, 1, 3, 5, 7])
-    chex.assert_trees_all_close(rotate(x, table, "adjacent")[..., order], rotate(x[..., order], table, "half"), atol=1e-6)
+    chex.assert_trees_all_close(
+        rotate(x, table, "adjacent")[..., order], rotate(x[..., order], table, "half"), atol=1e-6
+    )
 
 
 def test_partial_rotation_passes_the_rest():

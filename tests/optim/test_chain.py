@@ -72,7 +72,12 @@ def test_matrix_axes_see_through_stacks_and_heads():
     assert matrix_axes(("layers", "embed", "heads", "head_dim")) == MatrixAxes((0,), (1,), (2, 3))
     assert matrix_axes(("layers", "heads", "head_dim", "embed")) == MatrixAxes((0,), (1, 2), (3,))
     assert matrix_axes(("layers", "embed", "stack", "ffn")) == MatrixAxes((0, 2), (1,), (3,))
-    for names in [("layers", "norm"), ("vocab", "embed"), ("positions", "embed"), ("layers", "stack", "kv_heads", "head_dim")]:
+    for names in [
+        ("layers", "norm"),
+        ("vocab", "embed"),
+        ("positions", "embed"),
+        ("layers", "stack", "kv_heads", "head_dim"),
+    ]:
         assert matrix_axes(names) is None
 
 

@@ -11,9 +11,7 @@ from lmlab.report.plots import PLOTS, series, smooth, write_plots
 def rows(count):
     made = []
     for step in range(1, count + 1):
-        made.append(
-            {"step": step, "kind": "train", "loss": 5 / step, "bits_per_byte": 3 / step, "grad_norm": 1.0}
-        )
+        made.append({"step": step, "kind": "train", "loss": 5 / step, "bits_per_byte": 3 / step, "grad_norm": 1.0})
         made.append({"step": step, "kind": "eval", "loss": 6 / step})
         made.append({"step": step, "kind": "speed", "tokens_per_second": 1e5})
     return made

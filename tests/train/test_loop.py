@@ -126,7 +126,10 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_documents():
     config = TrainConfig(steps=9, log_every=1, eval_every=100, checkpoint_every=2)
     saved: list[int] = []
     with pytest.raises(NonFiniteLossError, match=r"step 4 .*document of step 3.*lower optim.schedule.peak") as caught:
-        train(config, batches=stream(poison=(3,)), )
+        train(
+            config,
+            batches=stream(poison=(3,)),
+        )
     assert np.isnan(caught.value.value)
     assert saved == []
 
