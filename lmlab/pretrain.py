@@ -108,8 +108,8 @@ def _opening(config: Pretrain, state: State, data: Data, start: int) -> str:
     begun = f"resuming at step {start}" if start else "from scratch"
     device = jax.devices()[0]
     return (
-        f"{count / 1e6:.2f}M parameters, vocabulary {data.tokenizer.vocab_size}; {data.train.tokens / 1e6:.1f}M training "
-        f"tokens; {config.train.steps} steps of {config.data.batch_size} x {config.data.length} tokens on "
+        f"{count / 1e6:.2f}M parameters, vocabulary {data.tokenizer.vocab_size}; {data.train.tokens / 1e6:.1f}M "
+        f"training tokens; {config.train.steps} steps of {config.data.batch_size} x {config.data.length} tokens on "
         f"{jax.device_count()} {device.device_kind} device(s), {begun}"
     )
 

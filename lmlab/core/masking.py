@@ -86,7 +86,7 @@ def dense_mask(mask: AttentionMask) -> Array:
 
 def slice_mask(mask: AttentionMask, queries: slice, keys: slice) -> AttentionMask:
     """The same mask over a block of queries and a block of keys."""
-    cut = lambda array, part: None if array is None else array[:, part]  # noqa: E731
+    cut = lambda array, part: None if array is None else array[:, part]
     allowed = mask.allowed_BTS
     return mask.replace(
         query_positions_BT=mask.query_positions_BT[:, queries], key_positions_BS=mask.key_positions_BS[:, keys],

@@ -87,7 +87,7 @@ def decode(
         return state, tokens_BS, logprobs_BS, i + 1
 
     start = (state, jnp.full((batch, steps), -1), jnp.zeros((batch, steps)), jnp.zeros((), jnp.int32))
-    going = lambda carry: (carry[3] < steps) & ~jnp.all(carry[0].done_B)  # noqa: E731
+    going = lambda carry: (carry[3] < steps) & ~jnp.all(carry[0].done_B)
     state, tokens_BS, logprobs_BS, _ = jax.lax.while_loop(going, draw, start)
     return state, tokens_BS, logprobs_BS
 

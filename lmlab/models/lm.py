@@ -62,5 +62,5 @@ class LM:
     take_rows: Callable[[Cache, Array], Cache]
     """`take_rows(cache, rows_N)`: the cache of the chosen rows, repeats allowed."""
     axes: Axes
-    """Logical axis names by parameter: embed, heads, kv_heads, head_dim, ffn, vocab, positions, norm; layers and stack are
-    batch axes (a stack of matrices, each one for itself)."""
+    """Logical axis names by parameter: embed, heads, kv_heads, head_dim, ffn, vocab, positions, norm;
+    layers and stack are batch axes (a stack of matrices, each one for itself)."""

@@ -32,7 +32,7 @@ class Block(nn.Module):
         """X + attention(norm(x)), then x + mlp(norm(x)); or both from the same x if parallel."""
         config = self.config
         x_BTD, cache = carry
-        norm = lambda name: Norm(config.norm, config.norm_eps, name=name)  # noqa: E731
+        norm = lambda name: Norm(config.norm, config.norm_eps, name=name)
         attended_BTD, cache = SelfAttention(config, name="attention")(
             norm("attention_norm")(x_BTD), table, mask, cache, layer, places_BT
         )

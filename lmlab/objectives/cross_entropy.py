@@ -110,7 +110,7 @@ def _backward(
 ) -> tuple[Params, Array, None, None]:
     del logits, z_loss, chunk
     hidden_grad, head_grad = residuals
-    is_pair = lambda x: isinstance(x, tuple)  # noqa: E731
+    is_pair = lambda x: isinstance(x, tuple)
     head = jax.tree.map(lambda pair: (cotangent.loss * pair[0]).astype(pair[1].dtype), head_grad, is_leaf=is_pair)
     return head, (cotangent.loss * hidden_grad).astype(hidden_grad.dtype), None, None
 

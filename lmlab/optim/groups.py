@@ -31,7 +31,7 @@ def path_name(path: Sequence[Any]) -> str:
 
 def matching(tree: Any, patterns: Sequence[str]) -> Any:
     """Tree of bools: does the path contain a match of one of the patterns?"""
-    found = lambda path, _: any(re.search(pattern, path_name(path)) for pattern in patterns)  # noqa: E731
+    found = lambda path, _: any(re.search(pattern, path_name(path)) for pattern in patterns)
     return jax.tree_util.tree_map_with_path(found, tree, is_leaf=is_names)
 
 

@@ -34,7 +34,7 @@ def _lmlab_version() -> str:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return __version__
-    git = lambda *words: subprocess.run(  # noqa: E731
+    git = lambda *words: subprocess.run(
         ["git", "-C", str(root), *words], capture_output=True, text=True, check=False
     ).stdout.strip()
     try:

@@ -171,7 +171,7 @@ def _check_shapes(folder: Path, saved: Mapping[str, str], wanted: Mapping[str, s
         have, want = saved.get(name, "nothing"), wanted.get(name, "nothing")
         if have != want:
             raise UserError("checkpoints", str(folder), f"{want} at {name}, as this config makes it, not {have}",
-                            "The checkpoint is of another model or optimiser: use its config or another folder.")  # fmt: skip
+                            "It is of another model or optimiser: use its config or another folder.")  # fmt: skip
 
 
 def digests(tree: Any) -> dict[str, int]:

@@ -54,7 +54,7 @@ def make_step(
             sums = gradient(first)
         else:
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, first))
-            add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None)  # noqa: E731
+            add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None)
             sums, _ = jax.lax.scan(add, zeros, (parts, keys))
         grad, (terms, parts_seen) = reduce(sums)
         updates, opt_state = tx.update(grad, state.opt_state, state.params)

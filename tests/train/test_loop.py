@@ -59,7 +59,9 @@ def train(config, state=None, **kwargs):
         log=recorder, display=recorder,
         evaluate=lambda params: {"loss": float(params["p"][0])},
         sample=lambda step, params: recorder.events.append((step, "sample")),
-        save=lambda state, held_out: (saved.append((int(state.step), held_out)), recorder.events.append((int(state.step), "save"))),
+        save=lambda state, held_out: (
+            saved.append((int(state.step), held_out)), recorder.events.append((int(state.step), "save"))
+        ),
         describe=lambda step: [f"document of step {step}"], tokens_per_step=4,
         **kwargs,
     )  # fmt: skip
