@@ -1,6 +1,7 @@
 """Masked sums, and the description of who attends to whom that all methods share."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeAlias
 
 import jax.numpy as jnp
@@ -88,7 +89,8 @@ def slice_mask(mask: AttentionMask, queries: slice, keys: slice) -> AttentionMas
     """The same mask over a block of queries and a block of keys."""
     cut = lambda array, part: None if array is None else array[:, part]
     allowed = mask.allowed_BTS
-    return mask.replace(
+    return replace(
+        mask,
         query_positions_BT=mask.query_positions_BT[:, queries], key_positions_BS=mask.key_positions_BS[:, keys],
         query_segments_BT=cut(mask.query_segments_BT, queries), key_segments_BS=cut(mask.key_segments_BS, keys),
         allowed_BTS=None if allowed is None else allowed[:, queries, keys],

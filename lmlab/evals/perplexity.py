@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 
 import jax
+import jax.numpy as jnp
 
 from lmlab.core.rng import key_for
 from lmlab.core.types import Batch, Key, Objective, Params, Terms
@@ -31,7 +32,7 @@ def make_held_out(
         if total is None:
             return {}
         weights = {name: term.weight for name, term in total.losses.items()}
-        values = {name: float(value) for name, value in term_metrics(total, count, weights).items()}
+        values = {name: float(value) for name, value in term_metrics(total, jnp.asarray(count), weights).items()}
         values.pop("weight")
         if "nll" in values:
             values["perplexity"] = math.exp(min(values["nll"], 700.0))

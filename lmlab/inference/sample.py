@@ -81,8 +81,8 @@ def decode(
         logprobs_BS = logprobs_BS.at[:, i].set(jnp.where(done_B, 0, logprob_B))
         segments_B1 = (~done_B).astype(jnp.int32)[:, None]
         hidden_B1D, cache = lm.apply(params, token_B[:, None], segments_BT=segments_B1, cache=state.cache)
-        state = state.replace(
-            cache=cache, logits_BV=lm.logits(params, hidden_B1D[:, 0]), done_B=done_B, drawn=state.drawn + 1
+        state = replace(
+            state, cache=cache, logits_BV=lm.logits(params, hidden_B1D[:, 0]), done_B=done_B, drawn=state.drawn + 1
         )
         return state, tokens_BS, logprobs_BS, i + 1
 
@@ -145,7 +145,7 @@ def _draw_all(
             if kept[row] is None:
                 kept[row] = stopped(tokens[row][tokens[row] >= 0])
         stop_B = jnp.asarray([cut is not None for cut in kept])
-        state = state.replace(done_B=state.done_B | stop_B)
+        state = replace(state, done_B=state.done_B | stop_B)
     samples = []
     for row in range(batch):
         drawn = int(np.sum(tokens[row] >= 0))

@@ -1,5 +1,7 @@
 """The key-value cache: static shapes, one write cursor a row, exact under padding, rewinding and gathering."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 from flax import struct
 
@@ -33,7 +35,8 @@ def claim_places(cache: KVCache, positions_BT: Array, segments_BT: Array) -> tup
     """
     rows = jnp.arange(positions_BT.shape[0])[:, None]
     places_BT = cache.length_B[:, None] + jnp.arange(positions_BT.shape[1])[None]
-    cache = cache.replace(
+    cache = replace(
+        cache,
         positions_BS=cache.positions_BS.at[rows, places_BT].set(positions_BT, mode="drop"),
         segments_BS=cache.segments_BS.at[rows, places_BT].set(segments_BT, mode="drop"),
         length_B=cache.length_B + jnp.sum(segments_BT != 0, axis=1, dtype=jnp.int32),
@@ -45,7 +48,8 @@ def write(cache: KVCache, layer: int | Array, places_BT: Array, keys_BTKH: Array
     """Keys and values of one layer into their places."""
     rows = jnp.arange(places_BT.shape[0])[:, None]
     at = (layer, rows, places_BT)
-    return cache.replace(
+    return replace(
+        cache,
         keys_LBSKH=cache.keys_LBSKH.at[at].set(keys_BTKH.astype(cache.keys_LBSKH.dtype), mode="drop"),
         values_LBSKH=cache.values_LBSKH.at[at].set(values_BTKH.astype(cache.values_LBSKH.dtype), mode="drop"),
     )
@@ -65,6 +69,6 @@ def take_rows(cache: KVCache, rows_N: Array) -> KVCache:
 def rewind(cache: KVCache, length_B: Array) -> KVCache:
     """Forget all but the first `length_B` tokens of each row."""
     kept = jnp.arange(cache.segments_BS.shape[1])[None] < length_B[:, None]
-    return cache.replace(
-        segments_BS=jnp.where(kept, cache.segments_BS, 0), length_B=jnp.minimum(length_B, cache.length_B)
+    return replace(
+        cache, segments_BS=jnp.where(kept, cache.segments_BS, 0), length_B=jnp.minimum(length_B, cache.length_B)
     )

@@ -2,6 +2,8 @@
 matrices of the paper, along a `stack` axis where they share an input, so that one matmul computes them.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -19,7 +21,12 @@ INIT_STD = 0.02
 
 def kernel_init(names: tuple[str, ...], std: float = INIT_STD) -> nn.initializers.Initializer:
     """Normal initialiser that tells the logical names of the axes."""
-    return nn.with_logical_partitioning(nn.initializers.normal(std), names)
+    return named(nn.initializers.normal(std), names)
+
+
+def named(init: nn.initializers.Initializer, names: tuple[str, ...]) -> Any:
+    """The initialiser with the logical names of the axes; modules see the plain array."""
+    return nn.with_logical_partitioning(init, names)
 
 
 class Norm(nn.Module):
@@ -33,14 +40,14 @@ class Norm(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Normalise the last axis of x."""
         size = x.shape[-1]
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)), (size,))
+        scale = self.param("scale", named(nn.initializers.ones, (self.axis,)), (size,))
         y = x.astype(jnp.float32)
         if self.kind == "layer":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         y = y * jnp.broadcast_to(scale, y.shape)
         if self.kind == "layer":
-            bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,)), (size,))
+            bias = self.param("bias", named(nn.initializers.zeros, (self.axis,)), (size,))
             y = y + jnp.broadcast_to(bias, y.shape)
         return y.astype(x.dtype)
 
@@ -67,7 +74,7 @@ class Linear(nn.Module):
         flat = x.reshape(*x.shape[: x.ndim - len(ins)], -1) @ kernel.reshape(_size(ins), _size(outs))
         y = flat.reshape(*flat.shape[:-1], *outs)
         if self.bias:
-            bias = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.outputs))
+            bias = named(nn.initializers.zeros, tuple(self.outputs))
             y = y + jnp.broadcast_to(self.param("bias", bias, outs).astype(x.dtype), y.shape)
         return y
 

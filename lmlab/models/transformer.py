@@ -1,6 +1,6 @@
 """The pre-norm decoder that covers Llama, Qwen, Mistral, GPT-2 and GPT-NeoX, as an LM record."""
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +112,9 @@ def transformer(config: TransformerConfig) -> LM:
     check(config.vocab_size >= 1, "model.vocab_size", config.vocab_size, "the number of tokens of the tokenizer")
     module = Decoder(config)
 
+    def run(params: Params, *args: Any, method: str | None = None) -> Any:
+        return module.apply({"params": params}, *args, method=method)
+
     def boxed(key: Key) -> Params:
         positions = jnp.zeros((1, 1), jnp.int32)
         return module.init(key, positions, positions, self_attention_mask(positions), None, None)["params"]
@@ -134,7 +137,7 @@ def transformer(config: TransformerConfig) -> LM:
             default = AttentionMask(positions_BT, cache.positions_BS, segments_BT, cache.segments_BS, window=window)
         else:
             default = self_attention_mask(positions_BT, segments_BT, window=window)
-        return module.apply({"params": params}, inputs, positions_BT, mask or default, cache, places_BT)
+        return run(params, inputs, positions_BT, mask or default, cache, places_BT)
 
     def head(params: Params) -> Params:
         name = "embedding" if config.tied else "unembedding"
@@ -153,7 +156,7 @@ def transformer(config: TransformerConfig) -> LM:
     return LM(
         config=config, vocab_size=config.vocab_size, max_length=config.max_length,
         init=lambda key: nn.unbox(boxed(key)), apply=apply,
-        embed=lambda params, tokens_BT: module.apply({"params": params}, tokens_BT, method="embed"),
+        embed=lambda params, tokens_BT: run(params, tokens_BT, method="embed"),
         head=head, logits=logits, init_cache=init_cache, take_rows=caches.take_rows,
         axes=jax.tree.map(tuple, names, is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec)),
     )  # fmt: skip

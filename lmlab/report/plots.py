@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 TRAIN, HELD_OUT, INK = "#0072B2", "#D55E00", "#666666"
 """Blue and vermilion of Okabe and Ito, told apart by everybody; a grey that is readable on white and on black."""
-STYLE = {
+STYLE: Any = {
     "font.size": 11, "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "text.color": INK,
     "axes.grid": True, "grid.color": INK, "grid.alpha": 0.15, "svg.fonttype": "none", "svg.hashsalt": "lmlab",

@@ -55,7 +55,7 @@ OBJECTIVES: dict[str, ObjectiveCase] = {
 """Every objective of lmlab."""
 
 
-def _rule(name: str, **changes: Any) -> Callable[[Any], optax.GradientTransformation]:
+def _rule(name: Any, **changes: Any) -> Callable[[Any], optax.GradientTransformation]:
     schedule = ScheduleConfig(peak=1e-2, warmup=2)
     config = replace(OptimConfig(schedule=schedule), rule=name, **changes)
     return lambda axes: build_optimizer(config, axes, 20)

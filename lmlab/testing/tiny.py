@@ -32,8 +32,8 @@ def lively(params: Params, seed: int = 0) -> Params:
     """The parameters with noise on every leaf: fresh ones hold zeros and ones that hide mistakes."""
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return treedef.unflatten(
-        [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(
+        treedef, [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
     )
 
 

@@ -6,7 +6,7 @@ the state looks like, a digest of every array, and what the caller adds). The di
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def save(checkpoints: Checkpoints, state: State, extra: Mapping[str, Any], held_
     step = int(state.step)
     if step in checkpoints.manager.all_steps():
         return
-    rest = state.replace(params={})
+    rest = replace(state, params={})
     meta = {"shapes": shapes(state), "digests": digests(state), "extra": dict(extra)}
     items = ocp.args.Composite(
         params=ocp.args.StandardSave(state.params),
@@ -104,9 +104,9 @@ def restore(checkpoints: Checkpoints, state: State) -> State | None:
     def read(step: int, meta: Mapping[str, Any]) -> State:
         _check_shapes(checkpoints.folder, meta["shapes"], shapes(state))
         like = ocp.args.StandardRestore
-        parts = ocp.args.Composite(params=like(state.params), rest=like(state.replace(params={})))
+        parts = ocp.args.Composite(params=like(state.params), rest=like(replace(state, params={})))
         restored = checkpoints.manager.restore(step, args=parts)
-        whole = restored["rest"].replace(params=restored["params"])
+        whole = replace(restored["rest"], params=restored["params"])
         _verify(whole, meta["digests"])
         return whole
 

@@ -1,6 +1,7 @@
 """The one train step, for every objective and every optax transform."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -61,7 +62,7 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         metrics = term_metrics(terms, parts_seen, weights)
         metrics |= {"grad_norm": optax.tree.norm(grad), "param_norm": optax.tree.norm(params)}
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        return replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return step
 
@@ -84,7 +85,7 @@ def total_loss(terms: Terms, weights: dict[str, Array]) -> Array:
 
 def term_metrics(terms: Terms, parts: Array, weights: dict[str, Array]) -> Metrics:
     """Values to report from terms that were summed over `parts` calls of the objective, scales included."""
-    terms = terms.replace(scales=jax.tree.map(lambda scale: scale / parts, terms.scales))
+    terms = replace(terms, scales=jax.tree.map(lambda scale: scale / parts, terms.scales))
     metrics = {"loss": total_loss(terms, weights), "weight": next(iter(weights.values()))}
     if len(terms.losses) > 1:
         metrics |= {f"loss/{name}": ratio_value(term) for name, term in terms.losses.items()}
