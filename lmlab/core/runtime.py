@@ -1,6 +1,7 @@
 """What a process sets before it computes: where compiled programs are kept, how memory is reused, what is logged."""
 
 import ctypes
+import importlib.util
 import logging
 import os
 import sys
@@ -16,7 +17,9 @@ def cache_folder() -> Path:
 
 
 def prepare(compile_cache: bool = True) -> None:
-    """Call once, before the first computation. Safe to call again."""
+    """Call once, before JAX computes or starts a thread. Safe to call again."""
+    if not accelerated():
+        keep_freed_memory()
     import jax
 
     # Warnings of absl's users (orbax tells of every save) are no news to the user of a run.
@@ -24,8 +27,13 @@ def prepare(compile_cache: bool = True) -> None:
     if compile_cache:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
+
+
+def accelerated() -> bool:
+    """Whether JAX may find an accelerator here. Does not ask JAX, which would start its threads to answer."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return False
+    return any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu"))
 
 
 def keep_freed_memory() -> None:
@@ -33,7 +41,8 @@ def keep_freed_memory() -> None:
 
     XLA on the CPU allocates its temporaries anew at every step, by mmap, and the kernel then clears every page at
     its first touch: about 160,000 page faults and a fifth of the time of a 12M-parameter step. The memory
-    in use never shrinks below its peak. Does nothing where the C library is another.
+    in use never shrinks below its peak. Threads that run already keep an allocator of their own, so this comes before
+    they start. Does nothing where the C library is another.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -25,7 +25,8 @@ class Files:
     train: str
     """Glob of the training files; ** matches folders."""
     heldout: str = ""
-    """Glob of the held-out files. Empty: a share of the training documents is held out, by content hash."""
+    """Glob of the held-out files. Empty: a share of the training documents is held out, by content hash; of a single
+    text file, its end."""
     heldout_percent: int = 4
     """That share, in percent."""
     text_field: str = "text"

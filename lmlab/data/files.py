@@ -19,12 +19,20 @@ def file_documents(source: Files, split: Literal["train", "heldout"]) -> Iterato
     """(id, text) of each document of a split; id is the path below the glob's fixed part, and the line.
 
     Where `source.heldout` names no files, a document is held out by a hash of its text, so that equal texts
-    fall into the same split and a text stays where it is when the corpus grows.
+    fall into the same split and a text stays where it is when the corpus grows. A single text file is cut: its
+    last share, in whole lines, is held out.
 
     Raises:
         UserError: see `split_files`; unreadable file, bytes that are not UTF-8, a record without the text.
     """
-    for name, path in split_files(source, split):
+    files = split_files(source, split)
+    if len(files) == 1 and not source.heldout and _kind(files[0][1]) == "text":
+        ((name, text),) = _read(*files[0], source)
+        near = len(text) * (100 - source.heldout_percent) // 100
+        cut = text.rfind("\n", 0, near) + 1 or near
+        yield name, text[:cut] if split == "train" else text[cut:]
+        return
+    for name, path in files:
         for document_id, text in _read(name, path, source):
             if source.heldout or is_heldout(text, source.heldout_percent) == (split == "heldout"):
                 yield document_id, text
@@ -69,15 +77,23 @@ def _matching(pattern: str, field: str) -> list[tuple[str, Path]]:
     return [(path.relative_to(root).as_posix(), path) for path in paths]
 
 
-def _read(name: str, path: Path, source: Files) -> Iterator[tuple[str, str]]:
+def _kind(path: Path) -> Literal["parquet", "lines", "text"]:
+    """How a file is read, by its name."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])
+    last = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])
+    if last in (".parquet", ".pq"):
+        return "parquet"
+    return "lines" if last in (".jsonl", ".ndjson") else "text"
+
+
+def _read(name: str, path: Path, source: Files) -> Iterator[tuple[str, str]]:
+    kind = _kind(path)
     try:
-        if kind in (".parquet", ".pq"):
+        if kind == "parquet":
             yield from _read_parquet(name, path, source)
             return
-        with gzip.open(path) if suffixes[-1:] == [".gz"] else path.open("rb") as handle:
-            if kind in (".jsonl", ".ndjson"):
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as handle:
+            if kind == "lines":
                 yield from _read_json_lines(name, handle, source)
             else:
                 yield name, _decode(handle.read(), name, 0, source)

@@ -1,10 +1,12 @@
 """From a `DataConfig` to a tokenizer, training batches and held-out batches."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from lmlab.core.errors import UserError
 from lmlab.core.types import TokenBatch
 from lmlab.data.cache import TokenCache, open_cache
 from lmlab.data.config import DataConfig
@@ -43,7 +45,10 @@ def open_data(config: DataConfig, *, lookahead: int = 1, host: int = 0, hosts: i
         UserError: any fault of the input, see `documents`, `build_tokenizer`, `open_cache`, `train_stream`.
     """
     root = cache_root(config.cache_dir)
-    prints = {name: fingerprint(source, "train", root) for name, source in config.sources.items()}
+    prints = {}
+    for name, source in config.sources.items():
+        with _names_source(name):
+            prints[name] = fingerprint(source, "train", root)
     shares = "".join(f"{name} {text} {config.weights.get(name, 1.0)};" for name, text in prints.items())
     tokenizer = build_tokenizer(config.tokenizer, partial(_interleaved, config, root), root, shares)
     splits: tuple[Split, ...] = ("train", "heldout")
@@ -64,13 +69,30 @@ def _tokenised(
     config: DataConfig, name: str, split: Split, tokenizer: TextTokenizer, root: Path
 ) -> TokenCache:  # fmt: skip
     source = config.sources[name]
-    read = partial(documents, source, split, root)
-    return open_cache(read, fingerprint(source, split, root), tokenizer, root, label=f"{name}/{split}")
+    read = partial(_documents, config, name, split, root)
+    with _names_source(name):
+        content = fingerprint(source, split, root)
+    return open_cache(read, content, tokenizer, root, label=f"{name}/{split}")
+
+
+def _documents(config: DataConfig, name: str, split: Split, root: Path) -> Iterator[Document]:
+    with _names_source(name):
+        yield from documents(config.sources[name], split, root)
+
+
+@contextmanager
+def _names_source(name: str) -> Iterator[None]:
+    """Faults of a source say which one of the mixture it is."""
+    try:
+        yield
+    except UserError as error:
+        field = error.field.replace("data.sources", f"data.sources.{name}", 1)
+        raise UserError(field, error.value, error.expected, error.remedy) from error
 
 
 def _interleaved(config: DataConfig, root: Path) -> Iterator[Document]:
     """Training documents of all sources, taken so that each source's bytes keep to its weight."""
-    readers = {name: documents(source, "train", root) for name, source in config.sources.items()}
+    readers = {name: _documents(config, name, "train", root) for name in config.sources}
     taken = dict.fromkeys(readers, 0.0)
     while readers:
         name = min(readers, key=taken.__getitem__)

@@ -13,6 +13,13 @@ from lmlab.data.folders import build_once
 from lmlab.data.standard_library import library_digest, library_texts
 
 
+class LocalInfo(tfds.core.DatasetInfo):
+    """Information that is made here: tfds would ask its cloud bucket for it, and leave a temporary folder."""
+
+    def initialize_from_bucket(self) -> None:
+        """Ask nobody."""
+
+
 class PythonLibraryBuilder(tfds.core.GeneratorBasedBuilder):
     """A tfds builder over the running Python's standard library; needs neither network nor TensorFlow."""
 
@@ -27,7 +34,7 @@ class PythonLibraryBuilder(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features.FeaturesDict({"id": tfds.features.Text(), "text": tfds.features.Text()})
-        return tfds.core.DatasetInfo(builder=self, features=features)
+        return LocalInfo(builder=self, features=features)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[Any]]:
         return {split: self._generate_examples(split) for split in ("train", "heldout")}

@@ -88,17 +88,19 @@ def train_stream(
 def heldout_batches(
     config: DataConfig, caches: Mapping[str, TokenCache], *, lookahead: int = 1, host: int = 0, hosts: int = 1
 ) -> Iterator[TokenBatch]:  # fmt: skip
-    """Every row of every source once, in order; the last batch is filled up with rows of padding.
+    """Every row of every source once; the last batch is filled up with rows of padding.
 
-    Args and errors as `train_stream`; every host sees the same number of batches.
+    The order is a fixed shuffle, so that the first batches are a fair sample of the whole; it does not depend on
+    `config.seed`, so that runs compare. Args and errors as `train_stream`; every host sees the same number of batches.
     """
     share = _host_share(config, host, hosts)
     corpora = [_lay_out(config, cache, lookahead, None) for cache in caches.values()]
     locate, rows = _locator(corpora), sum(corpus.rows for corpus in corpora)
+    order = np.random.default_rng(0).permutation(rows)
 
     def batch_at(step: int) -> TokenBatch:
         begin = step * config.batch_size + share.start
-        found = [locate(i)[1] for i in range(begin, min(begin + len(share), rows))]
+        found = [locate(i)[1] for i in order[begin : begin + len(share)]]
         return stack_rows(found, len(share), config.length + lookahead)
 
     return _prefetched(batch_at, 0, -(-rows // config.batch_size), config.prefetch)

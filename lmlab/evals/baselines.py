@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from lmlab.core.errors import check
+
 END = 0
 """The byte that stands for the end of a document in n-gram counts; text does not hold it."""
 
@@ -24,6 +26,7 @@ def ngram_bits_per_byte(train: Iterable[str], held_out: Iterable[str]) -> dict[s
     """
     seen, _ = _joined(train)
     text, size = _joined(held_out)
+    check(size > 0, "held-out text", size, "at least one byte to measure by")
     one, two, three = seen[2:], seen[1:-1] * 256 + seen[2:], (seen[:-2] * 256 + seen[1:-1]) * 256 + seen[2:]
     shorter = np.full(256, 1 / 256)
     for order, codes in ((1, one), (2, two), (3, three)):
@@ -43,6 +46,10 @@ def ngram_bits_per_byte(train: Iterable[str], held_out: Iterable[str]) -> dict[s
 
 
 def xz_bits_per_byte(held_out: Iterable[str]) -> float:
-    """The held-out text compressed by xz at its highest level, alone, in bits per byte."""
-    text = "\0".join(held_out).encode()
-    return 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / max(len(text), 1)
+    """The held-out text compressed by xz at its highest level, alone, in bits per byte. Ends of documents are
+    compressed with it and count no bytes.
+    """
+    joined, size = _joined(held_out)
+    check(size > 0, "held-out text", size, "at least one byte to measure by")
+    packed = lzma.compress(joined.astype(np.uint8).tobytes(), preset=9 | lzma.PRESET_EXTREME)
+    return 8 * len(packed) / size

@@ -41,6 +41,8 @@ class Decoding:
     keys_B: Array
     """Each row has its own key, so a prompt's sample does not depend on its neighbours."""
     done_B: Array
+    limit_B: Array
+    """[B] int32: tokens that each row may draw in all."""
     drawn: Array
     """[] int32: tokens drawn so far."""
 
@@ -79,6 +81,7 @@ def decode(
         done_B = state.done_B if end_id is None else state.done_B | (token_B == end_id)
         tokens_BS = tokens_BS.at[:, i].set(jnp.where(done_B, -1, token_B))
         logprobs_BS = logprobs_BS.at[:, i].set(jnp.where(done_B, 0, logprob_B))
+        done_B |= state.drawn + 1 >= state.limit_B
         segments_B1 = (~done_B).astype(jnp.int32)[:, None]
         hidden_B1D, cache = lm.apply(params, token_B[:, None], segments_BT=segments_B1, cache=state.cache)
         state = replace(
@@ -100,47 +103,45 @@ def sample(
 
     end_id: the token that ends a sample. stopped: given the tokens drawn for a row so far, how many of them to
     keep if the row is to stop (a stop text came), else None; asked every `STRIDE` tokens.
-    Row i is drawn with fold_in(key, i). Raises `UserError` where prompt and room exceed the context.
+    Row i is drawn with fold_in(key, i). A row that fills the context ends there. Raises `UserError` for no prompt,
+    an empty one, one that fills the context by itself, or tokens outside the vocabulary.
     """
     lengths = [len(prompt) for prompt in prompts]
-    check(
-        bool(lengths) and min(lengths) >= 1,
-        "prompts",
-        lengths,
-        "at least one prompt, of at least one token each",
-    )
+    some = bool(lengths) and min(lengths) >= 1
+    check(some, "prompts", lengths, "at least one prompt, of at least one token each")
     longest = max(lengths)
     check(longest < lm.max_length, "prompt", f"{longest} tokens",
           f"less than model.max_length = {lm.max_length}", "Shorten the prompt.")  # fmt: skip
-    count = min(config.max_new_tokens, lm.max_length - longest)
+    limits = [min(config.max_new_tokens, lm.max_length - length) for length in lengths]
     width = min(bucket(longest), lm.max_length)
     tokens_BT = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens_BT, prompts, strict=True):
-        check(prompt.min() >= 0 and prompt.max() < lm.vocab_size, "prompt", int(prompt.max()),
-              f"token ids below the vocabulary of {lm.vocab_size}")  # fmt: skip
+        outside = prompt[(prompt < 0) | (prompt >= lm.vocab_size)]
+        check(not len(outside), "prompt", outside[:1].tolist(), f"token ids from 0 to {lm.vocab_size - 1}")
         row[: len(prompt)] = prompt
-    room = min(width + -(-count // STRIDE) * STRIDE, max(lm.max_length, width))
+    room = min(width + -(-max(limits) // STRIDE) * STRIDE, max(lm.max_length, width))
     logits_BV, cache = prefill(lm, params, tokens_BT, np.asarray(lengths, np.int32), room)
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(prompts)))
     done_B = jnp.zeros(len(prompts), bool)
-    state = Decoding(cache, logits_BV, keys_B, done_B, jnp.zeros((), jnp.int32))
-    return _draw_all(lm, params, state, replace(config, max_new_tokens=count, stop=()), end_id, stopped)
+    limit_B = jnp.asarray(limits, jnp.int32)
+    state = Decoding(cache, logits_BV, keys_B, done_B, limit_B, jnp.zeros((), jnp.int32))
+    return _draw_all(lm, params, state, config, end_id, stopped, limits)
 
 
 def _draw_all(
     lm: LM, params: Params, state: Decoding, config: SamplingConfig, end_id: int | None,
-    stopped: Callable[[np.ndarray], int | None],
+    stopped: Callable[[np.ndarray], int | None], limits: Sequence[int],
 ) -> list[Sample]:  # fmt: skip
-    """Strides of `decode` until every row has ended or the room is used."""
-    batch, count = state.done_B.shape[0], config.max_new_tokens
+    """Strides of `decode` until every row has ended or has drawn what it may."""
+    batch = len(limits)
     tokens, logprobs = np.zeros((batch, 0), np.int32), np.zeros((batch, 0), np.float32)
     kept: list[int | None] = [None] * batch
-    # The number of tokens is no part of what is compiled.
-    static = replace(config, max_new_tokens=1)
-    while tokens.shape[1] < count and not bool(jnp.all(state.done_B)):
+    # Neither the number of tokens nor the stop texts are part of what is compiled.
+    static = replace(config, max_new_tokens=1, stop=())
+    while not bool(jnp.all(state.done_B)):
         state, new, new_logprobs = decode(lm, params, state, static, end_id, STRIDE)
-        tokens = np.concatenate([tokens, np.asarray(new)], axis=1)[:, :count]
-        logprobs = np.concatenate([logprobs, np.asarray(new_logprobs)], axis=1)[:, :count]
+        tokens = np.concatenate([tokens, np.asarray(new)], axis=1)
+        logprobs = np.concatenate([logprobs, np.asarray(new_logprobs)], axis=1)
         for row in range(batch):
             if kept[row] is None:
                 kept[row] = stopped(tokens[row][tokens[row] >= 0])
@@ -150,6 +151,6 @@ def _draw_all(
     for row in range(batch):
         drawn = int(np.sum(tokens[row] >= 0))
         size = drawn if kept[row] is None else min(drawn, kept[row] or 0)
-        ended = kept[row] is not None or size < count
+        ended = kept[row] is not None or size < limits[row]
         samples.append(Sample(tokens[row, :size].astype(np.int32), logprobs[row, :size], ended))
     return samples

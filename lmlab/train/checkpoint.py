@@ -156,7 +156,7 @@ def _set_aside(checkpoints: Checkpoints, step: int, error: Exception) -> None:
         target = checkpoints.folder / f"{DAMAGED}{step}.{old}"
     shutil.move(checkpoints.folder / str(step), target)
     checkpoints.manager.reload()
-    why = " ".join(str(error).split())[:160]
+    why = " ".join(str(error).split()).partition(". ")[0][:160]
     checkpoints.say(f"checkpoint {step} is damaged ({why}): kept as {target.name}, falling back to the one before")
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lmlab.core.errors import UserError
-from lmlab.data.config import DataConfig, Files, TrainedBPE
+from lmlab.data.config import DataConfig, Files, PythonLibrary, TrainedBPE
 from lmlab.data.open import open_data
 
 
@@ -46,8 +46,14 @@ def test_changed_text_is_read_again(tmp_path, write_jsonl):
     assert before["two/train/fingerprint"] != after["two/train/fingerprint"]
 
 
-def test_one_document_cannot_be_split(tmp_path):
-    (tmp_path / "all.txt").write_text("the whole corpus in one file")
-    settings = DataConfig(sources={"x": Files(f"{tmp_path}/all.txt")}, cache_dir=str(tmp_path / "cache"))
+def test_one_record_cannot_be_split(tmp_path, write_jsonl):
+    path = write_jsonl("x.jsonl", [{"text": "the whole corpus in one record"}])
+    settings = DataConfig(sources={"x": Files(str(path))}, cache_dir=str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"'x/heldout': expected at least one document.*name held-out files"):
         open_data(settings)
+
+
+def test_faults_of_a_source_name_it(tmp_path):
+    sources = {"good": PythonLibrary(), "bad": Files(f"{tmp_path}/*.txt")}
+    with pytest.raises(UserError, match=r"^data.sources.bad.train = "):
+        open_data(DataConfig(sources=sources, cache_dir=str(tmp_path / "cache")))

@@ -64,6 +64,16 @@ def test_split_by_content_is_disjoint_fixed_and_near_its_share(write_jsonl):
     assert read(source, "heldout") == heldout
 
 
+@pytest.mark.parametrize("text", ["".join(f"line {i}\n" for i in range(1000)), "x" * 1000])
+def test_the_end_of_a_single_text_file_is_held_out(tmp_path, text):
+    (tmp_path / "all.txt").write_text(text)
+    source = Files(f"{tmp_path}/all.txt", heldout_percent=10)
+    ((_, train),), ((_, heldout),) = read(source, "train"), read(source, "heldout")
+    assert train + heldout == text
+    assert 0.1 <= len(heldout) / len(text) < 0.102
+    assert train.endswith("\n" if "\n" in text else "x")
+
+
 def test_heldout_files_are_never_training_files(tmp_path):
     for name in ("a", "b", "valid"):
         (tmp_path / f"{name}.txt").write_text(name)
@@ -100,8 +110,9 @@ def test_invalid_utf8_names_the_file_and_the_byte(tmp_path):
     assert "bad.txt" in message
     assert "0xff at byte offset 5" in message
     assert "invalid_utf8" in message
-    found = both_splits(Files(f"{tmp_path}/bad.txt", invalid_utf8="replace"))
-    assert found == [("bad.txt", "good \ufffd bad")]
+    source = Files(f"{tmp_path}/bad.txt", invalid_utf8="replace")
+    found = read(source, "train") + read(source, "heldout")
+    assert "".join(text for _, text in found) == "good \ufffd bad"
 
 
 def test_invalid_utf8_in_a_line_counts_bytes_from_the_file_start(tmp_path):

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
+from lmlab.core.errors import UserError
 from lmlab.evals.baselines import ngram_bits_per_byte, xz_bits_per_byte
 
 
@@ -89,4 +90,10 @@ def test_xz_pays_for_what_is_random_and_not_for_what_repeats():
     once, twice = xz_bits_per_byte([noise]), xz_bits_per_byte([noise, noise])
     assert twice < 0.55 * once
     assert xz_bits_per_byte(iter(["ab" * 50_000])) < 0.05
-    assert math.isfinite(xz_bits_per_byte([]))
+
+
+@pytest.mark.parametrize("measure", [lambda texts: ngram_bits_per_byte(["a"], texts), xz_bits_per_byte])
+@pytest.mark.parametrize("texts", [[], ["", ""]])
+def test_there_is_no_number_without_text(measure, texts):
+    with pytest.raises(UserError, match="held-out text = 0"):
+        measure(texts)

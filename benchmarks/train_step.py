@@ -1,0 +1,171 @@
+"""Tokens per second of lmlab's train step beside other programs': `python -m benchmarks.train_step`.
+
+A Llama of 12.2M parameters (6 layers, width 384, 6 heads, ffn 1024, vocabulary 4096, tied), batch 8 x 256, float32,
+AdamW. Every arm is a process of its own; they take turns, one step each, so that whatever else the machine does meets
+all alike. Prints a table (median and quartiles), and as its last line one JSON object in tokens per second.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import peers
+from lmlab.core.errors import UserError
+
+ARMS = ("lmlab", "torch_eager", "torch_compile", "nanodo_shape", "plain_jax")
+WARM_UP = 3
+"""Steps of each arm that are not counted: they compile, and touch memory for the first time."""
+
+
+def make_step(arm: str, seed: int) -> peers.Step:
+    """The step of one arm."""
+    if arm.startswith("torch"):
+        return import_module("benchmarks.peers.torch_llama").make_step(seed, arm == "torch_compile")
+    if arm == "lmlab":
+        return lmlab_step(seed)
+    return import_module(f"benchmarks.peers.{arm}").make_step(seed)
+
+
+def lmlab_step(seed: int) -> peers.Step:
+    """The train step of lmlab itself, with the metrics and norms that every run gets."""
+    from lmlab.core.runtime import prepare
+
+    prepare(compile_cache=False)
+    import jax
+    import jax.numpy as jnp
+
+    from lmlab.core.types import TokenBatch
+    from lmlab.models.config import AttentionConfig, ExecutionConfig, MLPConfig, TransformerConfig
+    from lmlab.models.transformer import transformer
+    from lmlab.objectives.next_token import next_token
+    from lmlab.optim.chain import build_optimizer
+    from lmlab.optim.config import OptimConfig, ScheduleConfig
+    from lmlab.train.state import init_state
+    from lmlab.train.step import make_step as make_train_step
+
+    config = TransformerConfig(
+        vocab_size=peers.VOCAB, layers=peers.N_LAYERS, width=peers.WIDTH, max_length=peers.SEQ_LEN,
+        norm_eps=peers.NORM_EPS, attention=AttentionConfig(heads=peers.N_HEADS), mlp=MLPConfig(width=peers.FFN),
+        execution=ExecutionConfig(unroll=0),
+    )  # fmt: skip
+    schedule = ScheduleConfig(peak=peers.LEARNING_RATE, warmup=0, decay="constant")
+    optim = OptimConfig(
+        schedule=schedule, b1=peers.BETA_1, b2=peers.BETA_2, eps=peers.ADAM_EPS, weight_decay=peers.WEIGHT_DECAY,
+        no_decay=(), clip=0.0,
+    )  # fmt: skip
+    lm = transformer(config)
+    tx = build_optimizer(optim, lm.axes, 1000)
+    state = init_state(lm.init, tx, seed)
+    train_step = jax.jit(make_train_step(next_token(lm), tx), donate_argnums=0)
+    shape = (peers.BATCH, peers.SEQ_LEN + 1)
+    ones, positions = jnp.ones(shape, jnp.int32), jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+
+    def step(tokens_BT: np.ndarray) -> float:
+        nonlocal state
+        batch = TokenBatch(jnp.asarray(tokens_BT), ones, positions, ones.astype(bool))
+        # The loss alone may be ready before the weights are; a timing must hold the whole step.
+        state, metrics = jax.block_until_ready(train_step(state, batch))
+        return float(metrics["loss"])
+
+    return step
+
+
+def work(arm: str, seed: int) -> int:
+    """One arm's process: for every line read, one step; answers its seconds and its loss."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    step = make_step(arm, seed)
+    rng = np.random.default_rng(seed)
+    for _ in sys.stdin:
+        tokens_BT = rng.integers(0, peers.VOCAB, (peers.BATCH, peers.SEQ_LEN + 1)).astype(np.int32)
+        began = time.perf_counter()
+        loss = step(tokens_BT)
+        print(time.perf_counter() - began, loss, file=answers, flush=True)
+    return 0
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A running arm."""
+
+    arm: str
+    process: subprocess.Popen[str]
+
+    def step(self) -> tuple[float, float]:
+        """Seconds and loss of one step. Raises `UserError` where the arm has died."""
+        stdin, stdout = self.process.stdin, self.process.stdout
+        if stdin is None or stdout is None:
+            raise RuntimeError("a worker talks through pipes")
+        try:
+            stdin.write("\n")
+            stdin.flush()
+            seconds, loss = stdout.readline().split()
+        except (BrokenPipeError, ValueError):
+            raise UserError("--arms", self.arm, "an arm that runs here", "Its own message is above.") from None
+        return float(seconds), float(loss)
+
+
+def start(arm: str, seed: int) -> Worker:
+    """Start one arm; its messages go to standard error."""
+    command = [sys.executable, "-m", "benchmarks.train_step", "--worker", arm, "--seed", str(seed)]
+    root = Path(__file__).resolve().parents[1]
+    pipe = subprocess.PIPE
+    return Worker(arm, subprocess.Popen(command, cwd=root, stdin=pipe, stdout=pipe, text=True))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Time all arms in turns."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM")
+    parser.add_argument("--rounds", type=int, default=25, help="timed steps of each arm")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--worker", choices=ARMS, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.worker:
+        return work(args.worker, args.seed)
+    workers = [start(arm, args.seed) for arm in args.arms]
+    try:
+        for worker in workers:
+            losses = [worker.step()[1] for _ in range(WARM_UP)]
+            print(f"{worker.arm:14s} first losses {' '.join(f'{loss:.4f}' for loss in losses)}", flush=True)
+        times: dict[str, list[float]] = {worker.arm: [] for worker in workers}
+        load = os.getloadavg()[0]
+        for _ in range(args.rounds):
+            for worker in workers:
+                times[worker.arm].append(worker.step()[0])
+    except UserError as error:
+        print(f"train_step: {error}", file=sys.stderr)
+        return 2
+    finally:
+        for worker in workers:
+            worker.process.kill()
+    report(times, load)
+    return 0
+
+
+def report(times: dict[str, list[float]], load: float) -> None:
+    """The table, then the JSON line."""
+    tokens = peers.BATCH * peers.SEQ_LEN
+    print(f"\n{os.cpu_count()} cores; load before the first timed step {load:.1f} (the arms themselves make some)")
+    print(f"{'tok/s':14s} {'median':>8s} {'quartiles':>15s} {'best':>7s} {'of the first':>13s}")
+    medians = {arm: tokens / statistics.median(seconds) for arm, seconds in times.items()}
+    base = next(iter(times))
+    for arm, seconds in times.items():
+        low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else (seconds[0],) * 3
+        # Within a round the arms meet the same machine, so the median of ratios is steadier than a ratio of medians.
+        ratio = statistics.median(ours / other for ours, other in zip(times[base], seconds, strict=True))
+        spread = f"{tokens / high:.0f} to {tokens / low:.0f}"
+        print(f"{arm:14s} {medians[arm]:8.0f} {spread:>15s} {tokens / min(seconds):7.0f} {ratio:12.2f}x")
+    print(json.dumps({arm: round(value) for arm, value in medians.items()}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
