@@ -7,12 +7,14 @@ from typing import Any
 import optax
 
 from lmlab.core.types import Batch, Objective
+from lmlab.data.config import DataConfig, Files
+from lmlab.data.stream import Stream, train_stream
 from lmlab.models.config import AttentionConfig, ExecutionConfig, MLPConfig, RotaryConfig
 from lmlab.models.lm import LM
 from lmlab.objectives.next_token import next_token
 from lmlab.optim.chain import build_optimizer
 from lmlab.optim.config import OptimConfig, ScheduleConfig
-from lmlab.testing.tiny import random_batch, tiny_lm
+from lmlab.testing.tiny import random_batch, tiny_cache, tiny_lm
 
 LMS: dict[str, Callable[[], LM]] = {
     "llama": tiny_lm,
@@ -70,3 +72,20 @@ TRANSFORMS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     "no_clip_no_decay": _rule("adamw", clip=0.0, weight_decay=0.0),
 }
 """Every optimiser of lmlab, made from the logical axes of the parameters."""
+
+
+def _mixture(**changes: Any) -> Callable[[int, int], Stream]:
+    sources = {"a": Files("a"), "b": Files("b")}
+    settings: dict[str, Any] = {"sources": sources, "weights": {"a": 2.0}, "length": 16, "batch_size": 4, **changes}
+    config = DataConfig(**settings)
+    caches = {name: tiny_cache(name, seed=i) for i, name in enumerate(config.sources)}
+    return lambda host, hosts: train_stream(config, caches, host=host, hosts=hosts)
+
+
+STREAMS: dict[str, Callable[[int, int], Stream]] = {
+    "one_source": _mixture(sources={"a": Files("a")}, weights={}),
+    "mixture": _mixture(),
+    "one_document_a_row": _mixture(packing="pad"),
+    "corpus_order": _mixture(order="corpus", seed=3),
+}
+"""Every stream of lmlab, tiny: `build(host, hosts)` makes the part of one host; batches divide by 2 and 4."""

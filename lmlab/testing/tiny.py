@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmlab.core.types import Array, Params, TokenBatch
+from lmlab.data.cache import TokenCache
 from lmlab.models.config import AttentionConfig, MLPConfig, TransformerConfig
 from lmlab.models.lm import LM
 from lmlab.models.transformer import transformer
@@ -55,6 +56,15 @@ def random_batch(rows: int = 4, length: int = 9, seed: int = 0, vocab: int = VOC
         positions_BT=jnp.asarray(positions),
         label_mask_BT=jnp.asarray(rng.random((rows, length)) < 0.8) & (jnp.asarray(segments) > 0),
     )
+
+
+def tiny_cache(name: str = "tiny", documents: int = 30, seed: int = 0, longest: int = 40) -> TokenCache:
+    """Documents of 1 to `longest` random lower-case letters as byte tokens, in memory; document i is "NAME i"."""
+    rng = np.random.default_rng(seed)
+    texts = [rng.integers(97, 123, rng.integers(1, longest + 1)) for _ in range(documents)]
+    offsets = np.concatenate([[0], np.cumsum([len(text) + 2 for text in texts])])
+    tokens_N = np.concatenate([np.pad(text, 1, constant_values=256) for text in texts]).astype(np.uint16)
+    return TokenCache(tokens_N, offsets, f"{name} {{}}".format, sum(map(len, texts)), f"{name} {documents} {seed}")
 
 
 def all_sequences(vocab: int, length: int) -> Array:

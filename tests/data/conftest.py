@@ -4,12 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-
-from lmlab.data.cache import TokenCache, open_cache
-from lmlab.data.sources import Document
-from lmlab.data.tokenizers import byte_tokenizer
 
 NASTY = [
     "plain",
@@ -25,21 +20,6 @@ NASTY = [
 @pytest.fixture
 def nasty() -> list[str]:
     return NASTY
-
-
-@pytest.fixture
-def make_cache(tmp_path: Path) -> Callable[..., TokenCache]:
-    """A token cache of n documents of random letters; document i is named "NAME i"."""
-
-    def make(name: str, n: int, seed: int = 0, longest: int = 40) -> TokenCache:
-        rng = np.random.default_rng(seed)
-        texts = ["".join(map(chr, rng.integers(97, 123, rng.integers(1, longest + 1)))) for _ in range(n)]
-        documents = [Document(f"{name} {i}", text) for i, text in enumerate(texts)]
-        return open_cache(
-            lambda: iter(documents), f"{name}-{n}-{seed}-{longest}", byte_tokenizer(), tmp_path, label=name
-        )
-
-    return make
 
 
 @pytest.fixture
