@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from lmlab.core.errors import check
 from lmlab.core.rng import key_for
 from lmlab.core.types import Key, Objective, Params
 from lmlab.data.open import Data, open_data
@@ -17,6 +18,7 @@ from lmlab.data.tokenizers import TextTokenizer
 from lmlab.evals.baselines import ngram_bits_per_byte, xz_bits_per_byte
 from lmlab.evals.perplexity import make_held_out
 from lmlab.inference.text import sample_text
+from lmlab.models.config import TransformerConfig
 from lmlab.models.flops import training_flops_per_token
 from lmlab.models.lm import LM
 from lmlab.models.transformer import transformer
@@ -49,6 +51,15 @@ class Outcome:
     """Of the model and what stands beside it, on all held-out text; empty if the run is not finished."""
 
 
+def with_vocabulary(config: TransformerConfig, tokenizer: TextTokenizer) -> TransformerConfig:
+    """The config with the tokenizer's vocabulary, or with its own if that is larger (padded to a round number)."""
+    size = config.vocab_size or tokenizer.vocab_size
+    check(size >= tokenizer.vocab_size, "model.vocab_size", size,
+          f"at least {tokenizer.vocab_size}, or token ids would lie beyond the vocabulary", "0 takes what is needed."
+          )  # fmt: skip
+    return replace(config, vocab_size=size)
+
+
 def build_objective(config: Pretrain, lm: LM, tokenizer: TextTokenizer) -> Objective:
     """Next-token prediction that also counts bits per byte."""
     return next_token(
@@ -64,7 +75,7 @@ def pretrain(config: Pretrain, folder: Path) -> Outcome:
     """
     with open_run(folder), ExitStack() as stack:
         data = open_data(config.data, lookahead=1)
-        config = replace(config, model=replace(config.model, vocab_size=data.tokenizer.vocab_size))
+        config = replace(config, model=with_vocabulary(config.model, data.tokenizer))
         lm = transformer(config.model)
         objective = build_objective(config, lm, data.tokenizer)
         tx = build_optimizer(config.optim, lm.axes, config.train.steps)

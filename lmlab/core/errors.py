@@ -1,10 +1,11 @@
 """The one exception that means "the input is wrong", as against "the program is"."""
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """Input that lmlab cannot use: which field, its value, what was expected, what to do.
 
-    The command line prints the message without a traceback and exits with 2.
+    The command line prints the message without a traceback and exits with 2. Not a ValueError: libraries that call
+    our constructors (tyro) catch those and wrap them in text of their own.
     """
 
     def __init__(self, field: str, value: object, expected: str, remedy: str = "") -> None:

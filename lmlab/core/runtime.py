@@ -5,7 +5,9 @@ import importlib.util
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 """Parameters of glibc's mallopt."""
@@ -17,16 +19,33 @@ def cache_folder() -> Path:
 
 
 def prepare(compile_cache: bool = True) -> None:
-    """Call once, before JAX computes or starts a thread. Safe to call again."""
+    """Call once, before JAX computes or starts a thread. Safe to call again; a compile cache that is set stays."""
     if not accelerated():
         keep_freed_memory()
     import jax
 
-    # Warnings of absl's users (orbax tells of every save) are no news to the user of a run.
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    if compile_cache:
+    quieten()
+    if compile_cache and jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def quieten() -> None:
+    """Keep what libraries say of their insides from the user of a run, who gets one message from lmlab.
+
+    Orbax raises a write that failed (full disk); besides, absl, asyncio and the threads of tensorstore, which call back
+    into a loop that is closed by then, print hundreds of lines of traceback about it.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(unraisable)
+
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = hook
 
 
 def accelerated() -> bool:

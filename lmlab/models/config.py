@@ -85,7 +85,7 @@ class TransformerConfig:
     """Pre-norm decoder. The defaults make a small Llama; fields cover Qwen, Mistral, GPT-2 and GPT-NeoX."""
 
     vocab_size: int = 0
-    """V; 0: as many as the tokenizer has."""
+    """V; 0: as many as the tokenizer has. More pads the table, for instance to a multiple of the devices."""
     layers: int = 4
     """L."""
     width: int = 256

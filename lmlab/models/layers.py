@@ -2,6 +2,7 @@
 matrices of the paper, along a `stack` axis where they share an input, so that one matmul computes them.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -72,7 +73,7 @@ class Linear(nn.Module):
         kernel = self.param("kernel", kernel_init(names, self.std), (*ins, *outs)).astype(x.dtype)
         # A product of two plain matrices, forward and backward. With more axes than two, XLA on the CPU transposes
         # activations to form the kernel's gradient: the whole layer then takes 1.7 times as long.
-        flat = x.reshape(-1, _size(ins)) @ kernel.reshape(_size(ins), _size(outs))
+        flat = x.reshape(-1, math.prod(ins)) @ kernel.reshape(math.prod(ins), math.prod(outs))
         y = flat.reshape(*x.shape[: x.ndim - len(ins)], *outs)
         if self.bias:
             bias = named(nn.initializers.zeros, tuple(self.outputs))
@@ -84,13 +85,6 @@ def unstack(x_BT2x: Array) -> tuple[Array, Array]:
     """The two parts of [B, T, 2, ...]. Split, not indexed: the gradient of an index is padding and a sum."""
     first, second = jnp.split(x_BT2x, 2, axis=2)
     return first[:, :, 0], second[:, :, 0]
-
-
-def _size(sizes: tuple[int, ...]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
 
 
 class SelfAttention(nn.Module):

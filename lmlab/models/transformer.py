@@ -145,7 +145,10 @@ def transformer(config: TransformerConfig) -> LM:
 
     def logits(params: Params, hidden: Array) -> Array:
         table_VD = params["embedding" if config.tied else "unembedding"].astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, table_VD, preferred_element_type=jnp.float32)
+        # Two axes, as in layers.Linear.
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        out = jnp.matmul(flat, table_VD.T, preferred_element_type=jnp.float32)
+        return out.reshape(*hidden.shape[:-1], len(table_VD))
 
     def init_cache(batch: int, length: int) -> KVCache:
         _check_length(config, length)

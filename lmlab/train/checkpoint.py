@@ -59,11 +59,12 @@ def save(checkpoints: Checkpoints, state: State, extra: Mapping[str, Any], held_
     """Start to write the state of this step; returns once the arrays are copied from the device.
 
     extra: JSON, for instance the identity of model and data. held_out: loss by which the best are kept.
-    Raises `UserError` where an earlier write has failed (full disk).
+    Raises `UserError` where there is no room for it, or an earlier write has failed.
     """
     step = int(state.step)
     if step in checkpoints.manager.all_steps():
         return
+    _check_room(checkpoints.folder, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
     rest = replace(state, params={})
     meta = {"shapes": shapes(state), "digests": digests(state), "extra": dict(extra)}
     items = ocp.args.Composite(
@@ -77,6 +78,12 @@ def save(checkpoints: Checkpoints, state: State, extra: Mapping[str, Any], held_
         raise disk_error(checkpoints.folder, error) from error
 
 
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise disk_error(folder, f"A checkpoint takes {needed:,} bytes and {free:,} are free")
+
+
 def finish(checkpoints: Checkpoints) -> None:
     """Wait until everything is written, and close. Raises `UserError` where a write has failed."""
     try:
@@ -86,9 +93,11 @@ def finish(checkpoints: Checkpoints) -> None:
         raise disk_error(checkpoints.folder, error) from error
 
 
-def disk_error(folder: Path, error: Exception) -> UserError:
+def disk_error(folder: Path, error: Exception | str) -> UserError:
     """A failed write as the user should read it."""
-    why = " ".join(str(error).split())[:300]
+    why = " ".join(str(error).split())
+    # The root of a chain of errors stands at its end.
+    why = why if len(why) < 200 else f"... {why[-200:]}"
     remedy = f"{why}. Checkpoints that were complete are kept: make room or choose another folder, then run again."
     return UserError("run folder", str(folder), "a folder that can be written to, with room on its disk", remedy)
 
