@@ -163,7 +163,11 @@ def differences(lab: Lab, one: str, two: str) -> list[str]:
     for name in ("metrics.jsonl", "samples.jsonl"):
         # Rows of kind speed tell of the clock.
         rows = [
-            [row for row in map(json.loads, (lab.folder / run / name).open()) if row.get("kind") != "speed"]
+            [
+                row
+                for row in map(json.loads, (lab.folder / run / name).read_text().splitlines())
+                if row.get("kind") != "speed"
+            ]
             for run in (one, two)
         ]
         found += [] if rows[0] == rows[1] and rows[0] else [name]

@@ -21,5 +21,5 @@ def recipe() -> Pretrain:
             sources={"python": PythonLibrary()}, tokenizer=TrainedBPE(vocab_size=2048), length=256, batch_size=8
         ),
         optim=OptimConfig(rule="muon", schedule=ScheduleConfig(peak=4e-3, decay="wsd", end=0.0)),
-        train=TrainConfig(steps=200, eval_every=50, sample_every=100, checkpoint_every=50),
+        train=TrainConfig(steps=200, log_every=1, eval_every=50, sample_every=100, checkpoint_every=50),
     )  # fmt: skip

@@ -14,6 +14,7 @@ import chex
 import pytest
 
 import lmlab.pretrain
+from benchmarks import crash
 from lmlab.cli import main
 from lmlab.runs import load_run
 from lmlab.train.folder import open_run
@@ -227,3 +228,17 @@ def test_a_disk_without_room_for_a_checkpoint(place, capsys, monkeypatch):
     line = one_line(capsys)
     assert "1,000 are free" in line
     assert "make room" in line
+
+
+def test_the_crash_benchmark_sees_what_differs(place, monkeypatch):
+    monkeypatch.setattr(crash, "STEPS", 6)
+    lab = crash.Lab(place)
+    shutil.copytree(place / "out", place / "two")
+    assert crash.differences(lab, "out", "two") == []
+    metrics = place / "two/metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"loss": 5', '"loss": 6', 1))
+    assert crash.differences(lab, "out", "two") == ["metrics.jsonl"]
+    for damage in (crash.truncate, crash.corrupt, crash.strip):
+        before = contents(place / "two/checkpoints")
+        damage(place / "two/checkpoints/6")
+        assert contents(place / "two/checkpoints") != before

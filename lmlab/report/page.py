@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from lmlab.core.errors import UserError
 from lmlab.report.metrics import read_metrics, read_rows
-from lmlab.report.plots import PLOTS, Rows, write_plots
+from lmlab.report.plots import HELD_OUT, INK, PLOTS, TRAIN, Rows, write_plots
 
 REPORT = "report.html"
 
@@ -89,13 +89,15 @@ def _bars(scores: Mapping[str, float]) -> list[tuple[str, str, float]]:
 
 
 def _inline(svg: str, name: str) -> str:
-    """The <svg> element alone, with ids of its own: several figures share the page."""
+    """The <svg> element alone, with ids of its own (several figures share the page) and the colours of the page."""
     body = svg[svg.index("<svg") :]
     start, end = body.find("<metadata"), body.find("</metadata>")
     if start >= 0:
         body = body[:start] + body[end + len("</metadata>") :]
     for mark in ('id="', 'href="#', "url(#"):
         body = body.replace(mark, f"{mark}{name}-")
+    for colour, variable in ((TRAIN, "blue"), (HELD_OUT, "warm"), (INK, "soft")):
+        body = body.replace(colour.lower(), f"var(--{variable})")
     return body
 
 

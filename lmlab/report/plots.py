@@ -91,10 +91,10 @@ def _curve(axes: Axes, kind: str, steps: list[int], values: list[float]) -> None
 
 
 def _trim(axes: Axes, values: list[float]) -> None:
-    """Let a few outliers at the start leave the frame, so that the rest can be read."""
+    """Let a few values that lie far above the rest leave the frame, so that the rest can be read."""
     ordered = sorted(values)
-    if len(ordered) >= 20:
-        low, high = ordered[0], ordered[int(0.97 * (len(ordered) - 1))]
+    low, high = ordered[0], ordered[int(0.97 * (len(ordered) - 1))]
+    if ordered[-1] - low > 2 * (high - low):
         pad = 0.08 * (high - low or 1.0)
         axes.set_ylim(low - pad, high + pad)
 
