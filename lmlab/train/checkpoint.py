@@ -4,7 +4,9 @@ A checkpoint holds three items: `params` (restorable alone), `rest` (step, optim
 the state looks like, a digest of every array, and what the caller adds). The digest is what notices a flipped bit.
 """
 
+import gc
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,6 +152,7 @@ def _newest_intact(checkpoints: Checkpoints, read: Callable[[int, Mapping[str, A
             raise
         except Exception as error:  # damage shows in any layer: JSON, zarr, zlib, a missing file, our digest
             _set_aside(checkpoints, step, error)
+        _drop_suspended_reads()
     if any(checkpoints.folder.glob(f"{DAMAGED}*")):
         raise UserError("checkpoints", str(checkpoints.folder), "at least one intact checkpoint",
                         f"The damaged ones are kept as {DAMAGED}*; remove them to start from nothing.")  # fmt: skip
@@ -167,6 +170,17 @@ def _set_aside(checkpoints: Checkpoints, step: int, error: Exception) -> None:
     checkpoints.manager.reload()
     why = " ".join(str(error).split()).partition(". ")[0][:160]
     checkpoints.say(f"checkpoint {step} is damaged ({why}): kept as {target.name}, falling back to the one before")
+
+
+def _drop_suspended_reads() -> None:
+    """Orbax leaves the other reads of a restore that failed half done, and each prints a traceback when it is
+    collected. What is wrong has been said, so they are collected here, in silence.
+    """
+    hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
 
 
 def shapes(tree: Any) -> dict[str, str]:
