@@ -4,13 +4,16 @@ A query that sees no key gets zeros from every back-end.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from lmlab.core.errors import UserError
 from lmlab.core.masking import AttentionMask, dense_mask, slice_mask
+from lmlab.core.sharding import devices_in_mesh
 from lmlab.core.types import Array
+from lmlab.models.attention_mesh import attend_on_mesh
 from lmlab.models.splash import splash_attention, splash_obstacle
 
 HIDDEN_SCORE = -1e30
@@ -21,8 +24,16 @@ def attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: AttentionMask, 
     """Attention output [B, T, N, H]; N is a multiple of K. Softmax in float32, scale 1/sqrt(H).
 
     backend: xla, cudnn (GPU, 16 bit), splash (TPU), reference (float32, for tests), or auto.
-    A back-end asked for by name that cannot serve raises `UserError`; auto never picks one that cannot.
+    A back-end asked for by name that cannot serve raises `UserError`; auto never picks one that cannot. On a mesh the
+    back-end sees what lies on one device.
     """
+    attend = partial(_attend, backend=backend)
+    if devices_in_mesh() > 1:
+        return attend_on_mesh(attend, q_BTNH, k_BSKH, v_BSKH, mask)
+    return attend(q_BTNH, k_BSKH, v_BSKH, mask)
+
+
+def _attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: AttentionMask, backend: str) -> Array:
     chosen = _choose(q_BTNH, mask) if backend == "auto" else backend
     if chosen == "cudnn" and (reason := _cudnn_obstacle(q_BTNH)):
         raise UserError("model.execution.attention", backend, reason, "Use auto.")

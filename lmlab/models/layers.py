@@ -2,22 +2,26 @@
 matrices of the paper, along a `stack` axis where they share an input, so that one matmul computes them.
 """
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from lmlab.core.masking import AttentionMask
 from lmlab.core.types import Array
 from lmlab.models.attention import attention
 from lmlab.models.cache import KVCache, write
 from lmlab.models.config import TransformerConfig
+from lmlab.models.projection import project
 from lmlab.models.rotary import rotate
 
 INIT_STD = 0.02
 """GPT-2's standard deviation; projections into the residual stream are divided by sqrt(2 L)."""
+
+PROJECTION = "projection"
+"""What results of products with weights are called where rematerialisation chooses what to keep."""
 
 
 def kernel_init(names: tuple[str, ...], std: float = INIT_STD) -> nn.initializers.Initializer:
@@ -70,11 +74,8 @@ class Linear(nn.Module):
         """X [..., *inputs] -> [..., *outputs], in the type of x."""
         ins, outs = tuple(self.inputs.values()), tuple(self.outputs.values())
         names = (*self.inputs, *self.outputs)
-        kernel = self.param("kernel", kernel_init(names, self.std), (*ins, *outs)).astype(x.dtype)
-        # A product of two plain matrices, forward and backward. With more axes than two, XLA on the CPU transposes
-        # activations to form the kernel's gradient: the whole layer then takes 1.7 times as long.
-        flat = x.reshape(-1, math.prod(ins)) @ kernel.reshape(math.prod(ins), math.prod(outs))
-        y = flat.reshape(*x.shape[: x.ndim - len(ins)], *outs)
+        kernel = self.param("kernel", kernel_init(names, self.std), (*ins, *outs))
+        y = checkpoint_name(project(x, kernel, names, len(ins)), PROJECTION)
         if self.bias:
             bias = named(nn.initializers.zeros, tuple(self.outputs))
             y = y + jnp.broadcast_to(self.param("bias", bias, outs).astype(x.dtype), y.shape)

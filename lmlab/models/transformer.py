@@ -8,15 +8,21 @@ from flax import linen as nn
 
 from lmlab.core.errors import check
 from lmlab.core.masking import AttentionMask, self_attention_mask
+from lmlab.core.sharding import constrain
 from lmlab.core.types import Array, Key, Params
 from lmlab.models import cache as caches
 from lmlab.models.cache import KVCache
 from lmlab.models.config import ExecutionConfig, TransformerConfig
-from lmlab.models.layers import INIT_STD, MLP, Norm, SelfAttention, kernel_init
+from lmlab.models.layers import INIT_STD, MLP, PROJECTION, Norm, SelfAttention, kernel_init
 from lmlab.models.lm import LM
+from lmlab.models.projection import look_up, project
 from lmlab.models.rotary import rotary_table
 
 Carry: TypeAlias = tuple[Array, KVCache | None]
+TABLE = ("vocab", "embed")
+"""Logical axes of the embedding and the unembedding."""
+STREAM = ("batch", "length", None)
+"""Of the residual stream."""
 
 
 class Block(nn.Module):
@@ -41,7 +47,7 @@ class Block(nn.Module):
         else:
             x_BTD = x_BTD + attended_BTD
             x_BTD = x_BTD + MLP(config, name="mlp")(norm("mlp_norm")(x_BTD))
-        return (x_BTD, cache), None
+        return (constrain(x_BTD, STREAM), cache), None
 
 
 class Decoder(nn.Module):
@@ -52,11 +58,9 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         """Declare the parameters."""
         config = self.config
-        self.embedding = self.param("embedding", kernel_init(("vocab", "embed")), (config.vocab_size, config.width))
+        self.embedding = self.param("embedding", kernel_init(TABLE), (config.vocab_size, config.width))
         if not config.tied:
-            self.unembedding = self.param(
-                "unembedding", kernel_init(("vocab", "embed")), (config.vocab_size, config.width)
-            )
+            self.unembedding = self.param("unembedding", kernel_init(TABLE), (config.vocab_size, config.width))
         if config.positions == "learned":
             self.position_embedding = self.param(
                 "position_embedding",
@@ -76,7 +80,7 @@ class Decoder(nn.Module):
 
     def embed(self, tokens_BT: Array) -> Array:
         """Rows of the embedding, in the compute type."""
-        return self.embedding[tokens_BT].astype(self.config.execution.compute_dtype)
+        return look_up(self.embedding, tokens_BT, TABLE, self.config.execution.compute_dtype)
 
     def __call__(
         self,
@@ -92,17 +96,19 @@ class Decoder(nn.Module):
         x_BTD = x_BTD.astype(config.execution.compute_dtype)
         table = None
         if config.positions == "learned":
-            x_BTD = x_BTD + self.position_embedding[positions_BT].astype(x_BTD.dtype)
+            x_BTD = x_BTD + look_up(self.position_embedding, positions_BT, ("positions", "embed"), x_BTD.dtype)
         elif config.positions == "rotary":
             table = rotary_table(config.rotary, config.head_dim, positions_BT)
-        (x_BTD, cache), _ = self.layers((x_BTD, cache), jnp.arange(config.layers), table, mask, places_BT)
+        (x_BTD, cache), _ = self.layers(
+            (constrain(x_BTD, STREAM), cache), jnp.arange(config.layers), table, mask, places_BT
+        )
         return self.final_norm(x_BTD), cache
 
 
 def _remat(block: type[Block], execution: ExecutionConfig) -> type[Block]:
     if execution.remat == "none":
         return block
-    policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+    policies = {"dots": jax.checkpoint_policies.save_only_these_names(PROJECTION), "full": None}
     # Inside a scan nothing can merge the recomputation with the forward pass, so no barrier is needed.
     return nn.remat(block, policy=policies[execution.remat], prevent_cse=False)
 
@@ -144,11 +150,8 @@ def transformer(config: TransformerConfig) -> LM:
         return {name: params[name]}
 
     def logits(params: Params, hidden: Array) -> Array:
-        table_VD = params["embedding" if config.tied else "unembedding"].astype(hidden.dtype)
-        # Two axes, as in layers.Linear.
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        out = jnp.matmul(flat, table_VD.T, preferred_element_type=jnp.float32)
-        return out.reshape(*hidden.shape[:-1], len(table_VD))
+        table_VD = params["embedding" if config.tied else "unembedding"]
+        return project(hidden, table_VD.T, TABLE[::-1], 1, jnp.float32)
 
     def init_cache(batch: int, length: int) -> KVCache:
         _check_length(config, length)

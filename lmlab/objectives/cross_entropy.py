@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lmlab.core.sharding import sum_over_tokens
 from lmlab.core.types import Array, Params
 
 Logits = Callable[[Params, Array], Array]
@@ -33,15 +34,20 @@ def chunked_cross_entropy(
     One chunk of logits [B, chunk, V] is alive at any moment. The gradient is formed in the forward pass
     from the same chunk: (softmax * (1 + 2 z log Z) - onehot) w, pulled back through `logits`. So nothing is
     computed twice, and what waits for the backward pass is the gradient of hidden and head (float32 for the
-    head). Labels of weight 0 may hold any number. z-loss: arXiv 2204.02311, section 5.
+    head). Labels of weight 0 may hold any number. On a mesh every device goes through the chunks of its own tokens,
+    and the sums and the head's gradient are added up once, at the end. z-loss: arXiv 2204.02311, section 5.
     """
-    step = partial(_chunk_sums, logits, head, z_loss)
-    zeros = TokenSums(*(jnp.zeros((), jnp.float32),) * 3)
 
-    def body(sums: TokenSums, part: tuple[Array, Array, Array]) -> tuple[TokenSums, None]:
-        return jax.tree.map(jnp.add, sums, step(*part)[0]), None
+    def sums_of(head: Params, hidden_BTD: Array, labels_BT: Array, weights_BT: Array) -> TokenSums:
+        step = partial(_chunk_sums, logits, head, z_loss)
+        zeros = TokenSums(*(jnp.zeros((), jnp.float32),) * 3)
 
-    return jax.lax.scan(body, zeros, _chunks(hidden_BTD, labels_BT, weights_BT, chunk))[0]
+        def body(sums: TokenSums, part: tuple[Array, Array, Array]) -> tuple[TokenSums, None]:
+            return jax.tree.map(jnp.add, sums, step(*part)[0]), None
+
+        return jax.lax.scan(body, zeros, _chunks(hidden_BTD, labels_BT, weights_BT, chunk))[0]
+
+    return sum_over_tokens(sums_of)(head, hidden_BTD, labels_BT, weights_BT)
 
 
 def _chunks(hidden_BTD: Array, labels_BT: Array, weights_BT: Array, chunk: int) -> tuple[Array, Array, Array]:
@@ -83,7 +89,7 @@ def _forward(
     z_loss: float, chunk: int,
 ) -> tuple[TokenSums, tuple[Array, Params]]:  # fmt: skip
     def body(
-        carry: tuple[TokenSums, Params], part: tuple[Array, Array, Array]
+        carry: tuple[TokenSums, Params], part: tuple[Array, Array, Array], head: Params
     ) -> tuple[tuple[TokenSums, Params], Array]:
         sums, head_grad = carry
         hidden, labels, weights = part
@@ -96,11 +102,17 @@ def _forward(
         head_grad = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), head_grad, head_slope)
         return (jax.tree.map(jnp.add, sums, new), head_grad), hidden_slope
 
-    zeros = TokenSums(*(jnp.zeros((), jnp.float32),) * 3)
-    start = (zeros, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head))
-    (sums, head_grad), slopes = jax.lax.scan(body, start, _chunks(hidden_BTD, labels_BT, weights_BT, chunk))
-    batch, length, width = hidden_BTD.shape
-    hidden_grad = jnp.moveaxis(slopes, 0, 1).reshape(batch, -1, width)[:, :length]
+    def pass_over(
+        head: Params, hidden_BTD: Array, labels_BT: Array, weights_BT: Array
+    ) -> tuple[tuple[TokenSums, Params], Array]:
+        zeros = TokenSums(*(jnp.zeros((), jnp.float32),) * 3)
+        start = (zeros, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head))
+        parts = _chunks(hidden_BTD, labels_BT, weights_BT, chunk)
+        summed, slopes = jax.lax.scan(partial(body, head=head), start, parts)
+        batch, length, width = hidden_BTD.shape
+        return summed, jnp.moveaxis(slopes, 0, 1).reshape(batch, -1, width)[:, :length]
+
+    (sums, head_grad), hidden_grad = sum_over_tokens(pass_over, own=True)(head, hidden_BTD, labels_BT, weights_BT)
     # Scalars that remember the types the gradients must come back in.
     return sums, (hidden_grad, jax.tree.map(lambda g, x: (g, jnp.zeros((), x.dtype)), head_grad, head))
 

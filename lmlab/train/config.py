@@ -6,6 +6,26 @@ from lmlab.core.errors import check
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """The mesh of devices. It changes speed and memory and, beyond rounding, no number; a run may go on on another."""
+
+    data: int = 0
+    """Replicas, each with its part of the batch; 0: as many as there are devices for."""
+    fsdp: int = 1
+    """Replicas that each store a part of every matrix (arXiv 1910.02054, stage 3)."""
+    context: int = 1
+    """Parts of every row (long sequences)."""
+    tensor: int = 1
+    """Parts of every layer: heads, feed-forward width, vocabulary (arXiv 1909.08053)."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check(self.data >= 0, "parallel.data", self.data, "0 or more")
+        for name in ("fsdp", "context", "tensor"):
+            check(getattr(self, name) >= 1, f"parallel.{name}", getattr(self, name), "at least 1")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How long to train and what to do when."""
 

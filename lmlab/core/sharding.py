@@ -1,0 +1,108 @@
+"""The mesh of a job: its axes, where parameters are stored on it, and where tensors are computed.
+
+Names are the logical axes of `LM.axes` and of activations. The mesh is the one that `jax.set_mesh` has put around the
+program; without one, or on one device, everything here does nothing.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeAlias
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+from lmlab.core.types import Array
+
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+"""data: replicas; fsdp: replicas that each store a part of every matrix (arXiv 1910.02054, stage 3); context: parts of
+the sequence; tensor: parts of every layer (arXiv 1909.08053). From the slowest network to the fastest."""
+ROWS = ("data", "fsdp")
+"""The axes that rows of a batch are dealt to."""
+TOKENS = (*ROWS, "context")
+"""The axes that tokens are dealt to: every one of them holds different tokens."""
+
+Rules: TypeAlias = Mapping[str, str | tuple[str, ...]]
+"""Mesh axis by logical name. Names that are absent are not divided."""
+
+COMPUTED: Rules = {
+    "batch": ROWS, "length": "context", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor",
+}  # fmt: skip
+"""Where activations and the weights that meet them are divided while they are computed with."""
+STORED: Rules = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor"}
+"""Where parameters, their gradients and optimiser moments are kept."""
+
+
+def spec(names: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes."""
+    return PartitionSpec(*(rules.get(name) if name else None for name in names))
+
+
+def devices_in_mesh() -> int:
+    """Devices of the mesh around the program; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
+
+
+def axis_size(*axes: str) -> int:
+    """Devices along the given axes of the mesh around the program; 1 for what it lacks."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    size = 1
+    for axis in axes:
+        size *= shape.get(axis, 1)
+    return size
+
+
+def free_axes() -> set[str]:
+    """Axes of the mesh with more than one device that no surrounding `shard_map` has divided."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {axis for axis, kind in kinds if kind == AxisType.Auto and mesh.shape[axis] > 1}
+
+
+def constrain(x: Array, names: tuple[str | None, ...], rules: Rules = COMPUTED) -> Array:
+    """Ask the compiler to lay x out by its logical axes, one name (or None) an axis.
+
+    An axis whose size the devices do not divide is left whole, as are mesh axes that a surrounding `shard_map` has
+    already divided.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    free = free_axes()
+    parts: list[tuple[str, ...] | None] = []
+    for size, wanted in zip(x.shape, spec(names, rules), strict=True):
+        axes = (wanted,) if isinstance(wanted, str) else wanted or ()
+        axes = tuple(axis for axis in axes if axis in free)
+        parts.append(axes if axes and size % axis_size(*axes) == 0 else None)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
+
+
+def sum_over_tokens(f: Callable[..., Any], own: bool = False) -> Callable[..., Any]:
+    """`f(shared, *arrays_BT)` made of what each device finds in its own tokens; the sums it returns are added up.
+
+    For loops over tokens: the partitioner alone would add up the carry over devices at every turn.
+
+    Args:
+        f: returns sums; or (sums, arrays [B, T, ...]) if `own`, and the second stay where their tokens are.
+        own: see `f`.
+    """
+
+    def whole(shared: Any, *arrays: Array) -> Any:
+        batch, length = arrays[0].shape[:2]
+        rows = tuple(axis for axis in ROWS if axis in free_axes()) if batch % axis_size(*ROWS) == 0 else ()
+        part = tuple({"context"} & free_axes()) if length % axis_size("context") == 0 else ()
+        if not rows + part:
+            return f(shared, *arrays)
+
+        def local(shared: Any, *arrays: Array) -> Any:
+            add = partial(jax.tree.map, lambda x: jax.lax.psum(x, rows + part))
+            found = f(shared, *arrays)
+            return (add(found[0]), found[1]) if own else add(found)
+
+        whole, tokens = PartitionSpec(), PartitionSpec(rows, part)
+        return jax.shard_map(
+            local, in_specs=(whole, *(tokens for _ in arrays)), out_specs=(whole, tokens) if own else whole,
+            axis_names=set(rows + part), check_vma=False,
+        )(shared, *arrays)  # fmt: skip
+
+    return whole
