@@ -37,6 +37,12 @@ def spec(names: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
     return PartitionSpec(*(rules.get(name) if name else None for name in names))
 
 
+def platform() -> str:
+    """What the program is compiled for: cpu, gpu or tpu. The mesh knows, also where it is made of devices elsewhere."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
 def devices_in_mesh() -> int:
     """Devices of the mesh around the program; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -52,11 +58,15 @@ def axis_size(*axes: str) -> int:
     return size
 
 
-def free_axes() -> set[str]:
-    """Axes of the mesh with more than one device that no surrounding `shard_map` has divided."""
+def auto_axes() -> set[str]:
+    """Axes of the mesh that no surrounding `shard_map` has divided."""
     mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return {axis for axis, kind in kinds if kind == AxisType.Auto and mesh.shape[axis] > 1}
+    return {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+
+
+def free_axes() -> set[str]:
+    """Those of them with more than one device."""
+    return {axis for axis in auto_axes() if axis_size(axis) > 1}
 
 
 def constrain(x: Array, names: tuple[str | None, ...], rules: Rules = COMPUTED) -> Array:
@@ -77,14 +87,17 @@ def constrain(x: Array, names: tuple[str | None, ...], rules: Rules = COMPUTED) 
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
 
 
-def sum_over_tokens(f: Callable[..., Any], own: bool = False) -> Callable[..., Any]:
+def sum_over_tokens(f: Callable[..., Any], *, own: bool = False, names: Any = None) -> Callable[..., Any]:
     """`f(shared, *arrays_BT)` made of what each device finds in its own tokens; the sums it returns are added up.
 
-    For loops over tokens: the partitioner alone would add up the carry over devices at every turn.
+    For sums whose terms the partitioner alone would add up over devices too often (the carry of a loop over tokens,
+    at every turn) or too widely (a gradient that each device stores a part of).
 
     Args:
         f: returns sums; or (sums, arrays [B, T, ...]) if `own`, and the second stay where their tokens are.
         own: see `f`.
+        names: logical axes of each sum, a tree like the sums; a device is left with what `STORED` gives it of them.
+            None: all sums are whole on every device.
     """
 
     def whole(shared: Any, *arrays: Array) -> Any:
@@ -93,16 +106,44 @@ def sum_over_tokens(f: Callable[..., Any], own: bool = False) -> Callable[..., A
         part = tuple({"context"} & free_axes()) if length % axis_size("context") == 0 else ()
         if not rows + part:
             return f(shared, *arrays)
+        shapes = jax.eval_shape(f, shared, *arrays)
+        shapes = shapes[0] if own else shapes
+        given = jax.tree.map(lambda _: (), shapes) if names is None else names
+        places = jax.tree.map(lambda x, axes: _scattered(x.shape, axes, rows), shapes, given)
 
         def local(shared: Any, *arrays: Array) -> Any:
-            add = partial(jax.tree.map, lambda x: jax.lax.psum(x, rows + part))
             found = f(shared, *arrays)
-            return (add(found[0]), found[1]) if own else add(found)
+            sums = jax.tree.map(partial(_add_up, axes=rows + part), found[0] if own else found, places)
+            return (sums, found[1]) if own else sums
 
-        whole, tokens = PartitionSpec(), PartitionSpec(rows, part)
+        tokens = PartitionSpec(rows, part)
+        specs = jax.tree.map(lambda x, place: _spec_at(place), shapes, places)
         return jax.shard_map(
-            local, in_specs=(whole, *(tokens for _ in arrays)), out_specs=(whole, tokens) if own else whole,
+            local, in_specs=(PartitionSpec(), *(tokens for _ in arrays)), out_specs=(specs, tokens) if own else specs,
             axis_names=set(rows + part), check_vma=False,
         )(shared, *arrays)  # fmt: skip
 
     return whole
+
+
+def _scattered(shape: tuple[int, ...], names: tuple[str, ...], rows: tuple[str, ...]) -> int:
+    """The dimension of a sum that is stored in parts over `fsdp`; -1: none.
+
+    None on a mesh with `tensor` either: the partitioner would gather that axis first to scatter the other one.
+    """
+    if "tensor" in free_axes():
+        return -1
+    found = [i for i, name in enumerate(names) if STORED.get(name) == "fsdp" and shape[i] % axis_size("fsdp") == 0]
+    return found[0] if found and "fsdp" in rows else -1
+
+
+def _spec_at(place: int) -> PartitionSpec:
+    return PartitionSpec() if place < 0 else PartitionSpec(*(None,) * place, "fsdp")
+
+
+def _add_up(x: Array, place: int, axes: tuple[str, ...]) -> Array:
+    if place < 0:
+        return jax.lax.psum(x, axes)
+    x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=place, tiled=True)
+    rest = tuple(axis for axis in axes if axis != "fsdp")
+    return jax.lax.psum(x, rest) if rest else x

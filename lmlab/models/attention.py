@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lmlab.core.errors import UserError
 from lmlab.core.masking import AttentionMask, dense_mask, slice_mask
-from lmlab.core.sharding import devices_in_mesh
+from lmlab.core.sharding import devices_in_mesh, platform
 from lmlab.core.types import Array
 from lmlab.models.attention_mesh import attend_on_mesh
 from lmlab.models.splash import splash_attention, splash_obstacle
@@ -43,10 +43,10 @@ def _attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: AttentionMask, ba
 
 
 def _choose(q_BTNH: Array, mask: AttentionMask) -> str:
-    platform = jax.default_backend()
-    if platform == "tpu" and not splash_obstacle(mask, q_BTNH):
+    device = platform()
+    if device == "tpu" and not splash_obstacle(mask, q_BTNH):
         return "splash"
-    if platform == "gpu" and not _cudnn_obstacle(q_BTNH):
+    if device == "gpu" and not _cudnn_obstacle(q_BTNH):
         return "cudnn"
     return "xla"
 
@@ -102,7 +102,7 @@ def _masked_softmax(scores: Array, seen: Array) -> Array:
 
 def _cudnn_obstacle(q_BTNH: Array) -> str:
     """Why cuDNN's fused attention cannot take these queries; empty if it can."""
-    if jax.default_backend() != "gpu":
+    if platform() != "gpu":
         return "a GPU for cudnn attention"
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         return f"16-bit activations for cudnn attention (they are {q_BTNH.dtype})"

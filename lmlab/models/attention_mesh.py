@@ -12,7 +12,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from lmlab.core.masking import AttentionMask, slice_mask
-from lmlab.core.sharding import ROWS, axis_size, free_axes
+from lmlab.core.sharding import ROWS, auto_axes, axis_size, free_axes
 from lmlab.core.types import Array
 
 Attend: TypeAlias = Callable[[Array, Array, Array, AttentionMask], Array]
@@ -44,8 +44,9 @@ def attend_on_mesh(attend: Attend, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, 
 
     if not free:
         return attend(q_BTNH, k_BSKH, v_BSKH, mask)
+    # All axes, also those of one device: TPU kernels are left whole by the partitioner.
     return jax.shard_map(
-        local, in_specs=(heads_spec, heads_spec, heads_spec, mask_specs), out_specs=heads_spec, axis_names=free,
+        local, in_specs=(heads_spec, heads_spec, heads_spec, mask_specs), out_specs=heads_spec, axis_names=auto_axes(),
         check_vma=False,
     )(q_BTNH, k_BSKH, v_BSKH, mask)  # fmt: skip
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from lmlab.core.sharding import STORED, constrain, devices_in_mesh
+from lmlab.core.sharding import STORED, constrain, devices_in_mesh, sum_over_tokens
 from lmlab.core.types import Array
 
 Names: TypeAlias = tuple[str, ...]
@@ -99,8 +99,12 @@ def _look_up_backward(
 ) -> tuple[Array, None]:  # fmt: skip
     del dtype
     like_V0, ids = residuals
+
+    def scatter(zeros_VD: Array, ids: Array, slope: Array) -> Array:
+        return zeros_VD.at[ids].add(slope.astype(jnp.float32))
+
     zeros_VD = constrain(jnp.zeros((len(like_V0), slope.shape[-1]), jnp.float32), names)
-    table_slope = zeros_VD.at[ids].add(slope.astype(jnp.float32))
+    table_slope = sum_over_tokens(scatter, names=names)(zeros_VD, ids, slope)
     return constrain(table_slope, names, STORED).astype(like_V0.dtype), None
 
 

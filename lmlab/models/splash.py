@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from lmlab.core.masking import AttentionMask
+from lmlab.core.sharding import platform
 from lmlab.core.types import Array
 
 BLOCK = 128
@@ -12,7 +13,7 @@ BLOCK = 128
 
 def splash_obstacle(mask: AttentionMask, q_BTNH: Array) -> str:
     """Why the kernel cannot take these queries under this mask; empty if it can."""
-    if jax.default_backend() != "tpu":
+    if platform() != "tpu":
         return "a TPU for splash attention"
     if not mask.ordered or mask.rule is not None or mask.allowed_BTS is not None:
         return "a causal self-attention mask without rules for splash attention"

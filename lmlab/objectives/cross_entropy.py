@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,18 +24,19 @@ class TokenSums(NamedTuple):
     """sum w [no logit is above the label's]."""
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6, 7))
 def chunked_cross_entropy(
     logits: Logits, head: Params, hidden_BTD: Array, labels_BT: Array, weights_BT: Array,
-    z_loss: float, chunk: int,
+    z_loss: float, chunk: int, axes: Any = None,
 ) -> TokenSums:  # fmt: skip
     """Cross-entropy of `logits(head, hidden)`, `chunk` places of every row at a time.
 
     One chunk of logits [B, chunk, V] is alive at any moment. The gradient is formed in the forward pass
     from the same chunk: (softmax * (1 + 2 z log Z) - onehot) w, pulled back through `logits`. So nothing is
     computed twice, and what waits for the backward pass is the gradient of hidden and head (float32 for the
-    head). Labels of weight 0 may hold any number. On a mesh every device goes through the chunks of its own tokens,
-    and the sums and the head's gradient are added up once, at the end. z-loss: arXiv 2204.02311, section 5.
+    head). Labels of weight 0 may hold any number. z-loss: arXiv 2204.02311, section 5. On a mesh every device goes
+    through the chunks of its own tokens, and the sums and the head's gradient are added up once, at the end; `axes`,
+    the logical axes of the head (`lm.head(lm.axes)`), tell which part of that gradient a device keeps.
     """
 
     def sums_of(head: Params, hidden_BTD: Array, labels_BT: Array, weights_BT: Array) -> TokenSums:
@@ -86,7 +87,7 @@ def _chunk_sums(
 
 def _forward(
     logits: Logits, head: Params, hidden_BTD: Array, labels_BT: Array, weights_BT: Array,
-    z_loss: float, chunk: int,
+    z_loss: float, chunk: int, axes: Any = None,
 ) -> tuple[TokenSums, tuple[Array, Params]]:  # fmt: skip
     def body(
         carry: tuple[TokenSums, Params], part: tuple[Array, Array, Array], head: Params
@@ -112,15 +113,17 @@ def _forward(
         batch, length, width = hidden_BTD.shape
         return summed, jnp.moveaxis(slopes, 0, 1).reshape(batch, -1, width)[:, :length]
 
-    (sums, head_grad), hidden_grad = sum_over_tokens(pass_over, own=True)(head, hidden_BTD, labels_BT, weights_BT)
+    names = None if axes is None else (TokenSums((), (), ()), axes)  # type: ignore[arg-type]
+    over_tokens = sum_over_tokens(pass_over, own=True, names=names)
+    (sums, head_grad), hidden_grad = over_tokens(head, hidden_BTD, labels_BT, weights_BT)
     # Scalars that remember the types the gradients must come back in.
     return sums, (hidden_grad, jax.tree.map(lambda g, x: (g, jnp.zeros((), x.dtype)), head_grad, head))
 
 
 def _backward(
-    logits: Logits, z_loss: float, chunk: int, residuals: tuple[Array, Params], cotangent: TokenSums
+    logits: Logits, z_loss: float, chunk: int, axes: Any, residuals: tuple[Array, Params], cotangent: TokenSums
 ) -> tuple[Params, Array, None, None]:
-    del logits, z_loss, chunk
+    del logits, z_loss, chunk, axes
     hidden_grad, head_grad = residuals
     is_pair = lambda x: isinstance(x, tuple)
     head = jax.tree.map(lambda pair: (cotangent.loss * pair[0]).astype(pair[1].dtype), head_grad, is_leaf=is_pair)

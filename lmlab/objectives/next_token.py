@@ -34,7 +34,9 @@ def next_token(lm: LM, *, z_loss: float = 0.0, chunk: int = 64, token_bytes_V: A
         hidden_BTD, _ = lm.apply(
             params, tokens_BT, positions_BT=batch.positions_BT[:, :-1], segments_BT=batch.segments_BT[:, :-1]
         )
-        sums = chunked_cross_entropy(lm.logits, lm.head(params), hidden_BTD, labels_BT, weights_BT, z_loss, chunk)
+        sums = chunked_cross_entropy(
+            lm.logits, lm.head(params), hidden_BTD, labels_BT, weights_BT, z_loss, chunk, lm.head(lm.axes)
+        )
         count = jnp.sum(weights_BT)
         nll = jax.lax.stop_gradient(sums.nll)
         metrics = {"nll": Ratio(nll, count), "accuracy": Ratio(jax.lax.stop_gradient(sums.correct), count)}
