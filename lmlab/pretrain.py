@@ -33,6 +33,7 @@ from lmlab.train.checkpoint import Checkpoints, finish, open_checkpoints, restor
 from lmlab.train.device import peak_flops
 from lmlab.train.folder import open_run, settle_config, write_json
 from lmlab.train.loop import Callbacks, fit
+from lmlab.train.retrace import traced_once
 from lmlab.train.state import State, init_state
 from lmlab.train.step import make_step
 
@@ -107,7 +108,8 @@ def pretrain(config: Pretrain, folder: Path) -> Outcome:
             * config.data.length,
             peak_flops=peak_flops(config.model.execution.compute_dtype),
         )
-        step = jax.jit(make_step(objective, tx, microbatches=config.train.microbatches), donate_argnums=0)
+        step = make_step(objective, tx, microbatches=config.train.microbatches)
+        step = jax.jit(traced_once(step), donate_argnums=0)
         state, stopped_by = fit(state, step, lambda first: data.train.batches(first, None), config.train, calls)
         scores = {} if stopped_by else compare(config, objective, data, state.params, key, folder)
     write_report(folder)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import chex
+import jax
 import pytest
 
 import lmlab.pretrain
@@ -18,6 +19,7 @@ from benchmarks import crash
 from lmlab.cli import main
 from lmlab.runs import load_run
 from lmlab.train.folder import open_run
+from lmlab.train.retrace import RetraceError
 
 RECIPE = """
 from lmlab.data.config import DataConfig, Files
@@ -105,6 +107,22 @@ def test_a_finished_run_run_again_changes_nothing_that_was_measured(place, finis
     assert main(RUN) == 0
     for name in ("metrics.jsonl", "samples.jsonl", "config.json", "baselines.json"):
         assert (place / "out" / name).read_bytes() == (finished / "out" / name).read_bytes()
+
+
+def test_a_batch_of_another_shape_is_an_error(place, monkeypatch):
+    shutil.rmtree(place / "out")
+    fit = lmlab.pretrain.fit
+
+    def with_a_short_batch(state, step, batches, *others):
+        def shorter(first):
+            yield next(rest := batches(first))
+            yield jax.tree.map(lambda x: x[:3], next(rest))
+
+        return fit(state, step, shorter, *others)
+
+    monkeypatch.setattr(lmlab.pretrain, "fit", with_a_short_batch)
+    with pytest.raises(RetraceError, match=r"batch\.tokens_BT: int32\[4,17\] -> int32\[3,17\]"):
+        main(RUN)
 
 
 def test_generate_eval_report_and_doctor(place, capsys):
