@@ -109,6 +109,27 @@ def test_a_finished_run_run_again_changes_nothing_that_was_measured(place, finis
         assert (place / "out" / name).read_bytes() == (finished / "out" / name).read_bytes()
 
 
+def test_a_profiled_run_computes_the_same_and_leaves_a_trace_and_a_table(place, finished, capsys):
+    shutil.rmtree(place / "out")
+    assert main([*RUN, "--profile", "3:3"]) == 0
+    table = (place / "out/profile/operations.txt").read_text()
+    assert table in capsys.readouterr().out
+    assert "steps 3 to 3\n" in table
+    assert " dot" in table
+    # The sample before step 3 and the evaluation after it are not in it.
+    assert {line.split()[-1] for line in table.splitlines() if "jit_" in line} == {"jit_step"}
+    assert list((place / "out/profile").rglob("*.trace.json.gz"))
+    assert "jit_step" in (place / "out/report.html").read_text()
+    for name in ("config.json", "samples.jsonl", "baselines.json"):
+        assert (place / "out" / name).read_bytes() == (finished / "out" / name).read_bytes()
+    assert rows(place / "out", "train", "eval") == rows(finished / "out", "train", "eval")
+
+    before = contents(place / "out/profile")
+    assert main([*RUN, "--profile", "3:3"]) == 0
+    assert "nothing is profiled: the run has already made steps 3 to 3" in capsys.readouterr().out
+    assert contents(place / "out/profile") == before
+
+
 def test_a_batch_of_another_shape_is_an_error(place, monkeypatch):
     shutil.rmtree(place / "out")
     fit = lmlab.pretrain.fit
@@ -175,6 +196,8 @@ RUDE = [
     Rude("token ids beyond the vocabulary", ("vocab_size = 99", "257"), (*RUN, "--model.vocab-size", "99")),
     Rude("microbatches", ("microbatches", "batch_size = 4"), (*RUN, "--train.microbatches", "3")),
     Rude("another model in the folder", ("model.width was 16, now 32",), (*RUN, "--model.width", "32"), fresh=False),
+    Rude("steps to profile that the run lacks", ("profile = '5:7'", "LAST <= 6"), (*RUN, "--profile", "5:7")),
+    Rude("steps to profile backwards", ("profile = '3:2'", "FIRST:LAST"), (*RUN, "--profile", "3:2")),
     Rude("no run there", ("run folder", "config.json"), ("generate", "nowhere")),
     Rude("no run to report", ("run folder", "config.json"), ("report", "nowhere")),
     Rude("negative temperature", ("temperature", "-1"), ("generate", "out", "--temperature", "-1"), fresh=False),
