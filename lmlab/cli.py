@@ -25,6 +25,8 @@ class Run:
     """A Python file with a function recipe(), or the name of one in ./configs."""
     out: str = ""
     """Run folder; empty: runs/NAME."""
+    profile: str = ""
+    """FIRST:LAST: trace these steps (profile/ in the run folder) and tell which operations took their time."""
     config: Annotated[Pretrain, tyro.conf.arg(name="")] = field(default_factory=Pretrain)
 
 
@@ -67,9 +69,11 @@ class Doctor:
 def run(args: Run) -> int:
     """Train; 0 when finished, 130 or 143 when interrupted by SIGINT or SIGTERM."""
     from lmlab.pretrain import pretrain
+    from lmlab.report.profile import parse_steps
 
+    profile = parse_steps(args.profile, args.config.train.steps)
     folder = Path(args.out) if args.out else RUNS / Path(args.recipe).stem
-    outcome = pretrain(args.config, folder)
+    outcome = pretrain(args.config, folder, profile)
     if outcome.bits_per_byte:
         print("\nheld-out bits per byte (lower is better)")
         for name, value in sorted(outcome.bits_per_byte.items(), key=lambda item: -item[1]):

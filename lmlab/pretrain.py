@@ -28,11 +28,13 @@ from lmlab.recipe import EvalConfig, Pretrain
 from lmlab.report.environment import describe_environment
 from lmlab.report.metrics import MetricsLog, read_rows
 from lmlab.report.page import write_report
+from lmlab.report.profile import PROFILE, traced
 from lmlab.report.progress import Progress
 from lmlab.train.checkpoint import Checkpoints, finish, open_checkpoints, restore, save
 from lmlab.train.device import peak_flops
 from lmlab.train.folder import open_run, settle_config, write_json
-from lmlab.train.loop import Callbacks, fit
+from lmlab.train.loop import Callbacks, Watch, fit
+from lmlab.train.retrace import traced_once
 from lmlab.train.state import State, init_state
 from lmlab.train.step import make_step
 
@@ -68,9 +70,10 @@ def build_objective(config: Pretrain, lm: LM, tokenizer: TextTokenizer) -> Objec
     )  # fmt: skip
 
 
-def pretrain(config: Pretrain, folder: Path) -> Outcome:
+def pretrain(config: Pretrain, folder: Path, profile: tuple[int, int] | None = None) -> Outcome:
     """Train what the recipe says into a run folder, or go on with the run that is there.
 
+    profile: first and last step to trace; it changes nothing that is computed, and is no part of the recipe.
     Raises `UserError` for input that cannot be used; nothing that was written before is lost.
     """
     with open_run(folder), ExitStack() as stack:
@@ -101,13 +104,15 @@ def pretrain(config: Pretrain, folder: Path) -> Outcome:
             sample=partial(draw_samples, lm, data.tokenizer, config.eval, folder, display.say),
             save=lambda state, held_out: save(checkpoints, state, {"steps": config.train.steps}, held_out),
             describe=data.train.documents_at,
+            watch=profile and _profiler(*profile, start, folder, display.say),
             tokens_per_step=config.data.batch_size * config.data.length,
             flops_per_step=training_flops_per_token(config.model, config.data.length)
             * config.data.batch_size
             * config.data.length,
             peak_flops=peak_flops(config.model.execution.compute_dtype),
         )
-        step = jax.jit(make_step(objective, tx, microbatches=config.train.microbatches), donate_argnums=0)
+        step = make_step(objective, tx, microbatches=config.train.microbatches)
+        step = jax.jit(traced_once(step), donate_argnums=0)
         state, stopped_by = fit(state, step, lambda first: data.train.batches(first, None), config.train, calls)
         scores = {} if stopped_by else compare(config, objective, data, state.params, key, folder)
     write_report(folder)
@@ -123,6 +128,12 @@ def _opening(config: Pretrain, state: State, data: Data, start: int) -> str:
         f"training tokens; {config.train.steps} steps of {config.data.batch_size} x {config.data.length} tokens on "
         f"{jax.device_count()} {device.device_kind} device(s), {begun}"
     )
+
+
+def _profiler(first: int, last: int, start: int, folder: Path, say: Callable[[str], None]) -> Watch:
+    if start >= last:
+        say(f"nothing is profiled: the run has already made steps {first} to {last}")
+    return Watch(first, last, partial(traced, folder / PROFILE, say))
 
 
 def draw_samples(

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import chex
+import jax
 import pytest
 
 import lmlab.pretrain
@@ -18,6 +19,7 @@ from benchmarks import crash
 from lmlab.cli import main
 from lmlab.runs import load_run
 from lmlab.train.folder import open_run
+from lmlab.train.retrace import RetraceError
 
 RECIPE = """
 from lmlab.data.config import DataConfig, Files
@@ -107,6 +109,43 @@ def test_a_finished_run_run_again_changes_nothing_that_was_measured(place, finis
         assert (place / "out" / name).read_bytes() == (finished / "out" / name).read_bytes()
 
 
+def test_a_profiled_run_computes_the_same_and_leaves_a_trace_and_a_table(place, finished, capsys):
+    shutil.rmtree(place / "out")
+    assert main([*RUN, "--profile", "3:3"]) == 0
+    table = (place / "out/profile/operations.txt").read_text()
+    assert table in capsys.readouterr().out
+    assert "steps 3 to 3\n" in table
+    assert " dot" in table
+    # The sample before step 3 and the evaluation after it are not in it.
+    assert {line.split()[-1] for line in table.splitlines() if "jit_" in line} == {"jit_step"}
+    assert list((place / "out/profile").rglob("*.trace.json.gz"))
+    assert "jit_step" in (place / "out/report.html").read_text()
+    for name in ("config.json", "samples.jsonl", "baselines.json"):
+        assert (place / "out" / name).read_bytes() == (finished / "out" / name).read_bytes()
+    assert rows(place / "out", "train", "eval") == rows(finished / "out", "train", "eval")
+
+    before = contents(place / "out/profile")
+    assert main([*RUN, "--profile", "3:3"]) == 0
+    assert "nothing is profiled: the run has already made steps 3 to 3" in capsys.readouterr().out
+    assert contents(place / "out/profile") == before
+
+
+def test_a_batch_of_another_shape_is_an_error(place, monkeypatch):
+    shutil.rmtree(place / "out")
+    fit = lmlab.pretrain.fit
+
+    def with_a_short_batch(state, step, batches, *others):
+        def shorter(first):
+            yield next(rest := batches(first))
+            yield jax.tree.map(lambda x: x[:3], next(rest))
+
+        return fit(state, step, shorter, *others)
+
+    monkeypatch.setattr(lmlab.pretrain, "fit", with_a_short_batch)
+    with pytest.raises(RetraceError, match=r"batch\.tokens_BT: int32\[4,17\] -> int32\[3,17\]"):
+        main(RUN)
+
+
 def test_generate_eval_report_and_doctor(place, capsys):
     words = ["generate", "out", "--prompt", "abc", "ab", "--seed", "1", "--max-new-tokens", "3"]
     assert main(words) == 0
@@ -157,6 +196,8 @@ RUDE = [
     Rude("token ids beyond the vocabulary", ("vocab_size = 99", "257"), (*RUN, "--model.vocab-size", "99")),
     Rude("microbatches", ("microbatches", "batch_size = 4"), (*RUN, "--train.microbatches", "3")),
     Rude("another model in the folder", ("model.width was 16, now 32",), (*RUN, "--model.width", "32"), fresh=False),
+    Rude("steps to profile that the run lacks", ("profile = '5:7'", "LAST <= 6"), (*RUN, "--profile", "5:7")),
+    Rude("steps to profile backwards", ("profile = '3:2'", "FIRST:LAST"), (*RUN, "--profile", "3:2")),
     Rude("no run there", ("run folder", "config.json"), ("generate", "nowhere")),
     Rude("no run to report", ("run folder", "config.json"), ("report", "nowhere")),
     Rude("negative temperature", ("temperature", "-1"), ("generate", "out", "--temperature", "-1"), fresh=False),

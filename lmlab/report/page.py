@@ -33,6 +33,7 @@ def write_report(folder: Path) -> Path:
         bars=_bars(scores),
         plots=[(plot.title, Markup(_inline(plots[plot.name], plot.name))) for plot in PLOTS if plot.name in plots],
         samples=_samples(folder),
+        operations=_operations(folder),
         config=_flatten(config),
         environment=_optional(folder / "environment.json"),
     )
@@ -109,6 +110,12 @@ def _samples(folder: Path) -> list[tuple[int, Sequence[Mapping[str, Any]]]]:
     rows = read_rows(path)
     rows.sort(key=lambda row: -row["step"])
     return [(step, list(group)) for step, group in groupby(rows, key=lambda row: row["step"])]
+
+
+def _operations(folder: Path) -> str:
+    """The table of a profiled run."""
+    path = folder / "profile" / "operations.txt"
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def _flatten(data: Any, name: str = "") -> list[tuple[str, str]]:

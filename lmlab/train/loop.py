@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
@@ -42,6 +42,18 @@ def ignore(*_: Any) -> None:
 
 
 @dataclass(frozen=True)
+class Watch:
+    """A context that is held around some steps, for whoever looks at them from outside (a profiler)."""
+
+    first: int
+    """Entered before this step is given out, or the first after it where the run goes on from beyond it."""
+    last: int
+    """Left when this step is finished."""
+    context: Callable[[], AbstractContextManager[Any]]
+    """Entered and left with nothing in flight, at most once; its own time does not count as that of a step."""
+
+
+@dataclass(frozen=True)
 class Callbacks:
     """What the loop calls; it knows no model, objective or data."""
 
@@ -55,6 +67,8 @@ class Callbacks:
     """Called with the state and, where just evaluated, its held-out loss."""
     describe: Callable[[int], list[str]] = lambda step: []
     """Names of the documents in the batch of a step, for the message of a run that stops."""
+    watch: Watch | None = None
+    """Who looks at some of the steps; None: nobody."""
     tokens_per_step: int = 0
     flops_per_step: float = 0.0
     peak_flops: float | None = None
@@ -82,23 +96,39 @@ def fit(
     clock = Clock()
     pending: tuple[int, Mapping[str, Any]] | None = None
     feed = batches(first)
-    with stop_signals() as stop:
+    begins, ends = _watched(calls.watch, first)
+    with stop_signals() as stop, ExitStack() as watching:
         for done in range(first + 1, config.steps + 1):
-            batch = clock.timed(lambda: next(feed))
-            state, metrics = step_fn(state, batch)
+            if calls.watch and done == begins:
+                with clock.paused():
+                    watching.enter_context(calls.watch.context())
+            with jax.profiler.StepTraceAnnotation("train", step_num=done):
+                batch = clock.timed(lambda: next(feed))
+                state, metrics = step_fn(state, batch)
             if pending:
                 _record(*pending, config, calls, clock)
             pending = (done, metrics)
             due = _due(done, config, asked=bool(stop))
-            if any(due):
+            if any(due) or done in (begins - 1, ends):
                 _record(*pending, config, calls, clock)
                 pending = None
+                # A watch may not begin or end while the new state is still being made: its metrics can come first.
+                jax.block_until_ready(state)
                 with clock.paused():
+                    if done == ends or due.leave:
+                        watching.close()
                     _visit(state, done, due, calls)
             if due.leave:
                 calls.display.say(f"stopped by {stop[0]} after step {done}; run the same command to go on")
                 return state, stop[0]
     return state, None
+
+
+def _watched(watch: Watch | None, first: int) -> tuple[int, int]:
+    """First and last step to watch in a run that goes on after step `first`; (0, 0), which are no steps: none."""
+    if watch is None or watch.last <= first:
+        return 0, 0
+    return max(watch.first, first + 1), watch.last
 
 
 class Due(NamedTuple):

@@ -124,8 +124,17 @@ def test_ids_of_figures_do_not_clash_and_references_resolve(full):
 def test_missing_pieces_are_left_out(tmp_path, rows):
     page, _ = page_of(folder_of(tmp_path / "run", rows))
     assert f"step {max((row['step'] for row in rows), default=0)}" in page.text
-    for absent in ("Samples", "Config", "Environment", "lower is better"):
+    for absent in ("Samples", "Operations", "Config", "Environment", "lower is better"):
         assert absent not in page.text
+
+
+def test_the_table_of_a_profiled_run_is_shown_as_it_is(tmp_path):
+    folder = folder_of(tmp_path / "run")
+    (folder / "profile").mkdir()
+    (folder / "profile/operations.txt").write_text(f"   1.000  100.0%  {ATTACK}\n")
+    page, text = page_of(folder)
+    assert f"   1.000  100.0%  {ATTACK}\n" in page.text
+    assert "<script" not in text
 
 
 def test_an_unfinished_run_says_how_far_it_is(tmp_path):

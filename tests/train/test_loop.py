@@ -2,6 +2,8 @@
 
 import os
 import signal
+import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import pytest
 
 from lmlab.core.types import Ratio, Terms
 from lmlab.train.config import TrainConfig
-from lmlab.train.loop import Callbacks, NonFiniteLossError, fit
+from lmlab.train.loop import Callbacks, NonFiniteLossError, Watch, fit
 from lmlab.train.state import State, init_state
 from lmlab.train.step import make_step
 
@@ -164,3 +166,99 @@ def test_mfu_only_where_the_peak_is_known():
     assert "mfu" not in values[0]
     assert values[-1]["mfu"] > 0
     assert values[-1]["data_wait_seconds"] >= 0
+
+
+class Watched(Recorder):
+    """A recorder that also notes when steps are given out and when it begins and ends to watch."""
+
+    def watch(self, first, last, seconds=0.0):
+        @contextmanager
+        def context():
+            self.events.append((None, "begins"))
+            time.sleep(seconds)
+            try:
+                yield
+            finally:
+                time.sleep(seconds)
+                self.events.append((None, "ends"))
+
+        return Watch(first, last, context)
+
+    def train(self, config, watch, state=None, batches=None):
+        step = make_step(quadratic, TX)
+
+        def noted(state, batch):
+            self.events.append((int(state.step) + 1, "given out"))
+            return step(state, batch)
+
+        calls = Callbacks(
+            log=self, display=self, watch=watch, tokens_per_step=4,
+            evaluate=lambda params: {"loss": 0.0}, save=lambda state, _: self.events.append((int(state.step), "save")),
+        )  # fmt: skip
+        state = state or init_state(lambda key: {"p": jnp.ones(2)}, TX, 0)
+        return fit(state, noted, batches or stream(), config, calls)
+
+    def order(self):
+        return [
+            (step, what) for step, what, *_ in self.events if what in ("begins", "given out", "shown", "ends", "eval")
+        ]
+
+
+def test_the_watch_begins_and_ends_with_nothing_in_flight_and_holds_nothing_but_its_steps():
+    recorder = Watched()
+    recorder.train(TrainConfig(steps=6, eval_every=2, checkpoint_every=100), recorder.watch(3, 4))
+    order = recorder.order()
+    begins, ends = order.index((None, "begins")), order.index((None, "ends"))
+    assert order[begins - 2 : begins] == [(2, "shown"), (2, "eval")]
+    # Between them the loop runs as ever: a step is given out before the metrics of the last are read.
+    assert order[begins + 1 : ends] == [(3, "given out"), (4, "given out"), (3, "shown"), (4, "shown")]
+    assert order[ends + 1 : ends + 3] == [(4, "eval"), (5, "given out")]
+    assert order.count((None, "begins")) == order.count((None, "ends")) == 1
+
+
+@pytest.mark.parametrize(("first", "watched"), [(1, [1, 2, 3]), (3, [3]), (6, [6])])
+def test_the_watch_may_begin_at_once_hold_one_step_and_end_with_the_run(first, watched):
+    recorder = Watched()
+    recorder.train(TrainConfig(steps=6, eval_every=100), recorder.watch(first, watched[-1]))
+    order = recorder.order()
+    begins, ends = order.index((None, "begins")), order.index((None, "ends"))
+    assert order[:begins][-1:] == [(first - 1, "shown")] * (first > 1)
+    assert [step for step, what in order[begins:ends] if what == "given out"] == watched
+    assert order[ends - 1] == (watched[-1], "shown")
+
+
+@pytest.mark.parametrize(("steps", "watched"), [(2, [3, 4]), (3, [4]), (4, None)])
+def test_a_run_that_goes_on_watches_what_is_left(steps, watched):
+    recorder = Watched()
+    state, _ = recorder.train(TrainConfig(steps=steps), None)
+    recorder.events.clear()
+    recorder.train(TrainConfig(steps=6), recorder.watch(2, 4), state=state)
+    order = recorder.order()
+    assert ((None, "begins") in order) == (watched is not None)
+    if watched:
+        inside = order[order.index((None, "begins")) : order.index((None, "ends"))]
+        assert [step for step, what in inside if what == "given out"] == watched
+
+
+def test_the_watch_ends_when_the_run_does():
+    recorder = Watched()
+    kick = lambda step: signal.raise_signal(signal.SIGTERM) if step == 2 else None
+    recorder.train(TrainConfig(steps=9), recorder.watch(2, 8), batches=stream(at=kick))
+    assert [what for _, what, *_ in recorder.events][-2:] == ["ends", "save"]
+    recorder = Watched()
+    with pytest.raises(NonFiniteLossError):
+        recorder.train(TrainConfig(steps=9), recorder.watch(2, 8), batches=stream(poison=(3,)))
+    assert recorder.events[-1] == (None, "ends")
+
+
+def test_the_time_of_beginning_and_ending_is_not_that_of_a_step():
+    seconds = []
+
+    class Log(Watched):
+        def write(self, step, kind, values):
+            seconds.extend([values["step_seconds"]] if kind == "speed" else [])
+
+    log = Log()
+    log.train(TrainConfig(steps=5, log_every=1, eval_every=100), log.watch(3, 3, seconds=1.0))
+    assert len(seconds) == 5
+    assert max(seconds[2:]) < 0.9
