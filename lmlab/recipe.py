@@ -14,7 +14,7 @@ from lmlab.inference.config import SamplingConfig
 from lmlab.models.config import TransformerConfig
 from lmlab.objectives.config import NextTokenConfig
 from lmlab.optim.config import OptimConfig
-from lmlab.train.config import TrainConfig
+from lmlab.train.config import ParallelConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Pretrain:
     objective: NextTokenConfig = field(default_factory=NextTokenConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
@@ -49,6 +50,8 @@ class Pretrain:
         check(self.data.length <= self.model.max_length, "data.length", self.data.length,
               f"at most model.max_length = {self.model.max_length}",
               "Shorten the rows or raise model.max_length.")  # fmt: skip
+        check(self.data.length % self.parallel.context == 0, "parallel.context", self.parallel.context,
+              f"a divisor of data.length = {self.data.length}")  # fmt: skip
 
 
 def load_recipe(name: str) -> tuple[str, Pretrain]:
