@@ -52,5 +52,5 @@ def evaluate_run(folder: Path) -> dict[str, float]:
     objective = build_objective(loaded.config, loaded.lm, loaded.tokenizer)
     key = key_for(jax.random.key(loaded.config.train.seed), "held-out")
     values = make_held_out(objective, data.heldout, key)(loaded.params)
-    scores = compare(loaded.config, objective, data, loaded.params, key, folder)
+    scores = compare(loaded.config, values, data, folder)
     return values | {f"bits_per_byte/{name}": value for name, value in scores.items() if name != "model"}
