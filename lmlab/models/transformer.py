@@ -76,7 +76,7 @@ class Decoder(nn.Module):
 
     def embed(self, tokens_BT: Array) -> Array:
         """Rows of the embedding, in the compute type."""
-        return self.embedding[tokens_BT].astype(self.config.execution.compute_dtype)
+        return _rows(self.embedding, tokens_BT).astype(self.config.execution.compute_dtype)
 
     def __call__(
         self,
@@ -92,11 +92,16 @@ class Decoder(nn.Module):
         x_BTD = x_BTD.astype(config.execution.compute_dtype)
         table = None
         if config.positions == "learned":
-            x_BTD = x_BTD + self.position_embedding[positions_BT].astype(x_BTD.dtype)
+            x_BTD = x_BTD + _rows(self.position_embedding, positions_BT).astype(x_BTD.dtype)
         elif config.positions == "rotary":
             table = rotary_table(config.rotary, config.head_dim, positions_BT)
         (x_BTD, cache), _ = self.layers((x_BTD, cache), jnp.arange(config.layers), table, mask, places_BT)
         return self.final_norm(x_BTD), cache
+
+
+def _rows(table: Array, places_BT: Array) -> Array:
+    """Rows of a table in float32, so that the gradient of a row, a sum over its uses, is added up in float32."""
+    return table.astype(jnp.float32)[places_BT]
 
 
 def _remat(block: type[Block], execution: ExecutionConfig) -> type[Block]:
