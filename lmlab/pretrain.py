@@ -24,6 +24,7 @@ from lmlab.models.lm import LM
 from lmlab.models.transformer import transformer
 from lmlab.objectives.next_token import next_token
 from lmlab.optim.chain import build_optimizer
+from lmlab.optim.precision import cast_parameters
 from lmlab.recipe import EvalConfig, Pretrain
 from lmlab.report.environment import describe_environment
 from lmlab.report.metrics import MetricsLog, read_rows
@@ -60,6 +61,12 @@ def with_vocabulary(config: TransformerConfig, tokenizer: TextTokenizer) -> Tran
     return replace(config, vocab_size=size)
 
 
+def build_lm(config: Pretrain) -> LM:
+    """The model of a recipe; it makes its parameters in the type that they are trained in."""
+    lm = transformer(config.model)
+    return replace(lm, init=lambda key: cast_parameters(lm.init(key), config.optim.parameters))
+
+
 def build_objective(config: Pretrain, lm: LM, tokenizer: TextTokenizer) -> Objective:
     """Next-token prediction that also counts bits per byte."""
     return next_token(
@@ -76,9 +83,9 @@ def pretrain(config: Pretrain, folder: Path) -> Outcome:
     with open_run(folder), ExitStack() as stack:
         data = open_data(config.data, lookahead=1)
         config = replace(config, model=with_vocabulary(config.model, data.tokenizer))
-        lm = transformer(config.model)
+        lm = build_lm(config)
         objective = build_objective(config, lm, data.tokenizer)
-        tx = build_optimizer(config.optim, lm.axes, config.train.steps)
+        tx = build_optimizer(config.optim, lm.axes, config.train.steps, config.train.seed)
         settle_config(folder, config)
         write_json(folder / "environment.json", describe_environment())
         data.tokenizer.save(folder)
