@@ -26,6 +26,7 @@ from lmlab.models.lm import LM
 from lmlab.models.transformer import transformer
 from lmlab.objectives.next_token import next_token
 from lmlab.optim.chain import build_optimizer
+from lmlab.optim.precision import cast_parameters
 from lmlab.recipe import EvalConfig, Pretrain
 from lmlab.report.environment import describe_environment
 from lmlab.report.metrics import MetricsLog, read_rows
@@ -76,6 +77,12 @@ def with_vocabulary(config: TransformerConfig, tokenizer: TextTokenizer) -> Tran
     return replace(config, vocab_size=size)
 
 
+def build_lm(config: Pretrain) -> LM:
+    """The model of a recipe; it makes its parameters in the type that they are trained in."""
+    lm = transformer(config.model)
+    return replace(lm, init=lambda key: cast_parameters(lm.init(key), config.optim.parameters))
+
+
 def build_objective(config: Pretrain, lm: LM, tokenizer: TextTokenizer) -> Objective:
     """Next-token prediction that also counts bits per byte."""
     return next_token(
@@ -99,8 +106,8 @@ def pretrain(config: Pretrain, folder: Path, profile: tuple[int, int] | None = N
         data = open_data(config.data, lookahead=1, **row_share(mesh)._asdict())
         config = replace(config, model=with_vocabulary(config.model, data.tokenizer))
         same_everywhere("recipe and data", f"{to_json(config)} {data.summary}")
-        lm = transformer(config.model)
-        tx = build_optimizer(config.optim, lm.axes, config.train.steps)
+        lm = build_lm(config)
+        tx = build_optimizer(config.optim, lm.axes, config.train.steps, config.train.seed)
         shapes = abstract_state(lm.init, tx)
         shardings = state_shardings(shapes, param_shardings(lm.axes, shapes.params, mesh))
         first_does(lambda: _settle(folder, config, data.tokenizer))

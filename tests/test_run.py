@@ -26,13 +26,14 @@ from lmlab.data.config import DataConfig, Files
 from lmlab.inference.config import SamplingConfig
 from lmlab.models.config import AttentionConfig, TransformerConfig
 from lmlab.recipe import EvalConfig, Pretrain
-from lmlab.train.config import TrainConfig
+from lmlab.train.config import ParallelConfig, TrainConfig
 
 def recipe():
     return Pretrain(
         model=TransformerConfig(layers=2, width=16, max_length=32, attention=AttentionConfig(heads=2)),
         data=DataConfig(sources={"text": Files("corpus.jsonl", heldout_percent=20)}, length=16, batch_size=4),
         train=TrainConfig(steps=6, log_every=1, eval_every=3, sample_every=2, checkpoint_every=2),
+        parallel=ParallelConfig(data=1),
         eval=EvalConfig(batches=1, prompts=("ab",), sampling=SamplingConfig(max_new_tokens=4)),
     )
 """
@@ -100,6 +101,23 @@ def test_interrupted_and_run_again_is_the_run_that_nobody_touched(place, finishe
     assert (place / "out/samples.jsonl").read_text() == (finished / "out/samples.jsonl").read_text()
     one, other = load_run(place / "out"), load_run(finished / "out")
     assert one.step == other.step == 6
+    chex.assert_trees_all_equal(one.params, other.params)
+
+
+@pytest.mark.parametrize("parameters", ["bfloat16_master", "bfloat16_stochastic"])
+def test_bfloat16_parameters_train_and_go_on_bit_for_bit(parameters, place, monkeypatch):
+    words = ["run", "tiny.py", "--optim.parameters", parameters, "--eval.no-baselines", "--out"]
+    stops = iter([False, False, False, True, False, False])  # three samples of the whole run, then of the parts
+    stop = lambda *_: signal.raise_signal(signal.SIGTERM) if next(stops) else None
+    monkeypatch.setattr(lmlab.pretrain, "draw_samples", stop)
+    assert main([*words, "whole"]) == 0
+    assert main([*words, "parts"]) == 128 + signal.SIGTERM
+    assert main([*words, "parts"]) == 0
+    assert rows(place / "parts", "train", "eval") == rows(place / "whole", "train", "eval")
+    losses = [row["loss"] for row in rows(place / "whole", "train")]
+    assert losses[-1] < losses[0]
+    one, other = load_run(place / "whole"), load_run(place / "parts")
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(one.params)} == {"bfloat16"}
     chex.assert_trees_all_equal(one.params, other.params)
 
 
