@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=4096, help="rows x length")
     parser.add_argument("--head-size", type=int, default=64, help="splash needs a multiple of 128")
     parser.add_argument("--dtype", choices=list(TOLERANCE), default=default)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
