@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "TPU_SETUP.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
 
-WAITING = ("plan", "--config", "--hosts", "--host-count", "--host-index", "parallel")
-"""Commands and options of the page that lmlab is still to get. "parallel": a run uses its mesh, and may change it."""
+WAITING = ("plan", "--config")
+"""Commands and options of the page that lmlab is still to get."""
 
 SHELL = set(
     shlex.split(
@@ -163,7 +163,7 @@ def test_lmlab_accepts_every_command(command, monkeypatch):
         assert config.data.batch_size % (max(config.parallel.data, 1) * config.parallel.fsdp) == 0
 
 
-@pytest.mark.parametrize("name", [name for name in WAITING if name != "parallel"])
+@pytest.mark.parametrize("name", WAITING)
 def test_nothing_waits_that_is_there(name, monkeypatch):
     uses = [command.words[1:] for command in OURS if name in command.words]
     assert uses
@@ -207,12 +207,8 @@ def test_what_needs_no_cloud_runs_on_fake_devices(tmp_path, monkeypatch, capsys)
     for command in OURS:
         words = command.words[1:]
         # The compiler that a plan asks is the TPU's, which is not installed everywhere.
-        if command.remote or waits(words) or "--hosts" in words or words[0] == "plan":
+        if command.remote or waits(words) or "--hosts.address" in words or words[0] == "plan":
             continue
-        if "parallel" in WAITING and words[0] == "run":
-            pairs = list(zip(words, [*words[1:], ""], strict=True))
-            mesh = {i + j for i, (word, _) in enumerate(pairs) if word.startswith("--parallel.") for j in (0, 1)}
-            words = [word for i, word in enumerate(words) if i not in mesh]
         assert cli.main(words) == 0, f"{words}: {capsys.readouterr().err}"
         ran.append(words[0])
     assert {"run", "doctor", "report"} <= set(ran)

@@ -89,7 +89,7 @@ def test_keep_asks_for_hosts_until_the_run_has_ended(pod):
     runs = pod.play("keep", [143, 1, 0], states)
     assert len(runs) == 3
     assert set(runs) == {runs[0]}
-    assert "--hosts auto" in runs[0]
+    assert "--hosts.address auto" in runs[0]
     assert f"--data.sources.text.train {pod.folder}/mnt/corpus/*.jsonl.gz --model" in runs[0]
     calls = [call for call in pod.calls() if call not in ("describe", "ssh")]
     assert calls == ["create", "delete", "create", "scp"]
