@@ -6,6 +6,7 @@ rows over (data, fsdp), and the compiler puts the collectives in. State goes in 
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from lmlab.core.types import Batch, Key, Objective, Params
 from lmlab.optim.groups import is_names, path_name
 from lmlab.train.config import ParallelConfig
 from lmlab.train.state import State, new_state
-from lmlab.train.step import Step, make_step
+from lmlab.train.step import Metrics, Step, make_step
 
 
 def make_mesh(config: ParallelConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -175,13 +176,36 @@ def place_batch(batch: Batch, mesh: Mesh) -> Batch:
     return jax.tree.map(place, batch)
 
 
+HOST = "pinned_host"
+"""The memory of the host that devices read and write by themselves."""
+
+
+def offloaded(shardings: State) -> State:
+    """The same shardings, with the optimiser state in the memory of the host.
+
+    Raises `UserError` where the devices have no way to it.
+    """
+    device = jax.tree.leaves(shardings)[0].mesh.devices.flat[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    check(HOST in kinds, "parallel.offload", "optimizer", f"devices that reach {HOST} memory; {device.device_kind} has "
+          f"{', '.join(kinds)}", "Use none.")  # fmt: skip
+    return replace(shardings, opt_state=jax.tree.map(lambda x: x.with_memory_kind(HOST), shardings.opt_state))
+
+
 def placed_step(step: Step, shardings: State) -> Step:
     """The step as one program over the mesh of `shardings`: state pinned and donated, metrics on every device."""
     mesh = jax.tree.leaves(shardings)[0].mesh
     whole = NamedSharding(mesh, PartitionSpec())
+
+    def near(state: State, batch: Batch) -> tuple[State, Metrics]:
+        """The step, with what waits in the memory of the host brought to the devices."""
+        return step(replace(state, opt_state=jax.device_put(state.opt_state, jax.memory.Space.Device)), batch)
+
+    far = any(place.memory_kind == HOST for place in jax.tree.leaves(shardings.opt_state))
     return jax.jit(
-        step, in_shardings=(shardings, row_sharding(mesh)), out_shardings=(shardings, whole), donate_argnums=0
-    )
+        near if far else step, in_shardings=(shardings, row_sharding(mesh)), out_shardings=(shardings, whole),
+        donate_argnums=0,
+    )  # fmt: skip
 
 
 REPLICAS = "replicas"

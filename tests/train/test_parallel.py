@@ -229,6 +229,43 @@ def test_a_checkpoint_of_eight_devices_on_other_meshes(sizes, tmp_path):
     chex.assert_trees_all_equal(one, other)
 
 
+def test_moments_wait_on_the_host_and_change_nothing(tmp_path):
+    mesh = parallel.make_mesh(ParallelConfig(2, 2, 1, 2))
+    shapes = parallel.abstract_state(LM.init, TX)
+    near = parallel.state_shardings(shapes, parallel.param_shardings(LM.axes, shapes.params, mesh))
+    far = parallel.offloaded(near)
+    objective, ends = OBJECTIVES["next_token"].build(LM), []
+    with jax.set_mesh(mesh):
+        for shardings in (near, far):
+            step, state = (
+                parallel.placed_step(make_step(objective, TX), shardings),
+                init_state(LM.init, TX, 0, shardings),
+            )
+            for batch in BATCHES[:3]:
+                state, _ = step(state, parallel.place_batch(batch, mesh))
+            ends.append(state)
+        kinds = lambda tree: {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree)}
+        assert kinds(ends[1].opt_state) == {parallel.HOST}
+        assert kinds(ends[1].params) == kinds(ends[0].params) == {"device"}
+        one, other = (jax.device_get((state.params, state.opt_state)) for state in ends)
+        chex.assert_trees_all_equal(one, other)
+        checkpoints = open_checkpoints(tmp_path)
+        save(checkpoints, ends[1], {})
+        back = restore(checkpoints, parallel.with_shardings(shapes, far))
+        finish(checkpoints)
+    assert kinds(back.opt_state) == {parallel.HOST}
+    chex.assert_trees_all_equal(jax.device_get(back.opt_state), other[1])
+
+
+def test_offloading_where_the_host_cannot_be_reached_is_refused(monkeypatch):
+    mesh = parallel.make_mesh(ParallelConfig(8))
+    shapes = parallel.abstract_state(LM.init, TX)
+    shardings = parallel.state_shardings(shapes, parallel.param_shardings(LM.axes, shapes.params, mesh))
+    monkeypatch.setattr(parallel, "HOST", "far_away")
+    with pytest.raises(UserError, match=r"parallel.offload.*far_away memory; cpu has device"):
+        parallel.offloaded(shardings)
+
+
 def test_gradients_meet_in_float32_under_bfloat16_compute():
     lm = small_lm(execution=ExecutionConfig(compute_dtype="bfloat16"))
     mesh = parallel.make_mesh(ParallelConfig(2, 2, 1, 2))
