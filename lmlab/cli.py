@@ -28,8 +28,8 @@ class Run:
     """Run folder; empty: runs/NAME."""
     profile: str = ""
     """FIRST:LAST: trace these steps (profile/ in the run folder) and tell which operations took their time."""
-    hosts: HostsConfig = field(default_factory=HostsConfig)
     config: Annotated[Pretrain, tyro.conf.arg(name="")] = field(default_factory=Pretrain)
+    hosts: HostsConfig = field(default_factory=HostsConfig)
 
 
 @dataclass(frozen=True)
