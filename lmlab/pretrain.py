@@ -36,7 +36,7 @@ from lmlab.report.progress import Progress
 from lmlab.train.checkpoint import Checkpoints, finish, open_checkpoints, restore, save
 from lmlab.train.device import peak_flops
 from lmlab.train.folder import open_run, settle_config, write_json
-from lmlab.train.hosts import agreement, first_does, is_first, same_everywhere
+from lmlab.train.hosts import agreement, all_do, first_does, is_first, same_everywhere
 from lmlab.train.loop import Callbacks, Display, Log, Silent, Watch, fit
 from lmlab.train.parallel import (
     abstract_state,
@@ -104,7 +104,7 @@ def pretrain(config: Pretrain, folder: Path, profile: tuple[int, int] | None = N
         mesh = make_mesh(config.parallel)
         check_rows(mesh, config.data.batch_size, config.train.microbatches)
         stack.enter_context(jax.set_mesh(mesh))
-        data = open_data(config.data, lookahead=1, **row_share(mesh)._asdict())
+        data = all_do(lambda: open_data(config.data, lookahead=1, **row_share(mesh)._asdict()))
         config = replace(config, model=with_vocabulary(config.model, data.tokenizer))
         same_everywhere("recipe and data", f"{to_json(config)} {data.summary}")
         lm = build_lm(config)
@@ -115,11 +115,13 @@ def pretrain(config: Pretrain, folder: Path, profile: tuple[int, int] | None = N
             shardings = offloaded(shardings)
         first_does(lambda: _settle(folder, config, data.tokenizer))
 
-        checkpoints = open_checkpoints(folder / CHECKPOINTS, config.train.keep_last, config.train.keep_best)
+        keep = config.train.keep_last, config.train.keep_best
+        checkpoints = all_do(lambda: open_checkpoints(folder / CHECKPOINTS, *keep))
         stack.callback(finish, checkpoints)
-        state = restore(checkpoints, with_shardings(shapes, shardings))
-        state = state or init_state(lm.init, tx, config.train.seed, shardings)
-        log, display = _outputs(config, folder, int(state.step), stack)
+        restored = restore(checkpoints, with_shardings(shapes, shardings))
+        state = restored or init_state(lm.init, tx, config.train.seed, shardings)
+        start = int(state.step)
+        log, display = all_do(lambda: _outputs(config, folder, start, stack))
         display.say(_opening(config, state, data))
 
         objective = build_objective(config, lm, data.tokenizer)
@@ -134,14 +136,14 @@ def pretrain(config: Pretrain, folder: Path, profile: tuple[int, int] | None = N
             save=lambda state, score: save(checkpoints, state, {"steps": config.train.steps}, score),
             describe=data.train.documents_at,
             agree=agreement(),
-            watch=profile and _profiler(*profile, int(state.step), folder, display.say),
+            watch=profile and _profiler(*profile, start, folder, display.say),
             **_sizes(config),
         )
         step = traced_once(make_step(objective, tx, microbatches=config.train.microbatches))
         feed = lambda first: map(place, data.train.batches(first, None))
         state, stopped_by = fit(state, placed_step(step, shardings), feed, config.train, calls)
         measure = make_held_out(objective, held_out, key)
-        scores = {} if stopped_by else compare(config, measure(state.params), data, folder)
+        scores = {} if stopped_by else all_do(lambda: compare(config, measure(state.params), data, folder))
         first_does(lambda: write_report(folder))
     return Outcome(folder, int(state.step), stopped_by, scores)
 

@@ -87,6 +87,13 @@ def constrain(x: Array, names: tuple[str | None, ...], rules: Rules = COMPUTED) 
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
 
 
+def token_axes(batch: int, length: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Axes of the mesh that divide [batch, length] tokens: those of the rows, and those of the places in a row."""
+    rows = tuple(axis for axis in ROWS if axis in free_axes()) if batch % axis_size(*ROWS) == 0 else ()
+    places = tuple({"context"} & free_axes()) if length % axis_size("context") == 0 else ()
+    return rows, places
+
+
 def sum_over_tokens(
     f: Callable[..., Any], *, own: bool = False, names: Any = None, divided: tuple[tuple[str, ...], ...] = ()
 ) -> Callable[..., Any]:
@@ -105,25 +112,23 @@ def sum_over_tokens(
     """
 
     def whole(shared: Any, *arrays: Array) -> Any:
-        batch, length = arrays[0].shape[:2]
-        rows = tuple(axis for axis in ROWS if axis in free_axes()) if batch % axis_size(*ROWS) == 0 else ()
-        part = tuple({"context"} & free_axes()) if length % axis_size("context") == 0 else ()
+        rows, part = token_axes(*arrays[0].shape[:2])
         if not rows + part:
             return f(shared, *arrays)
         tensor = bool(divided) and _tensor_divides(arrays, divided)
         shapes = jax.eval_shape(f, shared, *arrays)
         shapes = shapes[0] if own else shapes
         given = jax.tree.map(lambda _: (), shapes) if names is None else names
-        places = jax.tree.map(lambda x, axes: _scattered(x.shape, axes, rows, tensor), shapes, given)
+        scattered = jax.tree.map(lambda x, axes: _scattered(x.shape, axes, rows, tensor), shapes, given)
 
         def local(shared: Any, *arrays: Array) -> Any:
             found = f(shared, *arrays)
-            sums = jax.tree.map(partial(_add_up, axes=rows + part), found[0] if own else found, places)
+            sums = jax.tree.map(partial(_add_up, axes=rows + part), found[0] if own else found, scattered)
             return (sums, found[1]) if own else sums
 
         inner = [spec(axes, COMPUTED) if tensor else () for axes in divided or ((),) * len(arrays)]
         tokens = tuple(PartitionSpec(rows, part, *axes) for axes in inner)
-        specs = jax.tree.map(lambda x, axes, place: _kept(axes, place, tensor), shapes, given, places)
+        specs = jax.tree.map(lambda x, axes, dim: _kept(axes, dim, tensor), shapes, given, scattered)
         return jax.shard_map(
             local, in_specs=(PartitionSpec(), *tokens), out_specs=(specs, tokens[0]) if own else specs,
             axis_names={*rows, *part, *(["tensor"] if tensor else [])}, check_vma=False,
@@ -154,15 +159,17 @@ def _scattered(shape: tuple[int, ...], names: tuple[str, ...], rows: tuple[str, 
     return found[0] if found else -1
 
 
-def _kept(names: tuple[str, ...], place: int, tensor: bool) -> PartitionSpec:
+def _kept(names: tuple[str, ...], scattered: int, tensor: bool) -> PartitionSpec:
     """What a device keeps of a sum, of the axes that are divided by hand."""
-    along = lambda i, name: "fsdp" if i == place else "tensor" if tensor and COMPUTED.get(name) == "tensor" else None
+    along = lambda i, name: (
+        "fsdp" if i == scattered else "tensor" if tensor and COMPUTED.get(name) == "tensor" else None
+    )
     return PartitionSpec(*(along(i, name) for i, name in enumerate(names)))
 
 
-def _add_up(x: Array, place: int, axes: tuple[str, ...]) -> Array:
-    if place < 0:
+def _add_up(x: Array, scattered: int, axes: tuple[str, ...]) -> Array:
+    if scattered < 0:
         return jax.lax.psum(x, axes)
-    x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=place, tiled=True)
+    x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=scattered, tiled=True)
     rest = tuple(axis for axis in axes if axis != "fsdp")
     return jax.lax.psum(x, rest) if rest else x

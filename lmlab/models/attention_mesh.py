@@ -12,7 +12,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from lmlab.core.masking import AttentionMask, slice_mask
-from lmlab.core.sharding import ROWS, auto_axes, axis_size, free_axes
+from lmlab.core.sharding import auto_axes, axis_size, free_axes, token_axes
 from lmlab.core.types import Array
 
 Attend: TypeAlias = Callable[[Array, Array, Array, AttentionMask], Array]
@@ -24,16 +24,18 @@ QUERY_BLOCK = 1024
 def attend_on_mesh(attend: Attend, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: AttentionMask) -> Array:
     """`attend` under `jax.shard_map`; [B, T, N, H] as without a mesh. What the mesh does not divide stays whole."""
     free = free_axes()
+    if not free:
+        return attend(q_BTNH, k_BSKH, v_BSKH, mask)
     batch, length = q_BTNH.shape[:2]
-    rows = tuple(axis for axis in ROWS if axis in free) if batch % axis_size(*ROWS) == 0 else None
+    rows, places = token_axes(batch, length)
     heads = "tensor" if "tensor" in free and k_BSKH.shape[2] % axis_size("tensor") == 0 else None
-    split = "context" in free and k_BSKH.shape[1] == length and length % axis_size("context") == 0
+    split = bool(places) and k_BSKH.shape[1] == length
     part = "context" if split else None
 
-    def spec(array: Array, *rest: str | None) -> PartitionSpec:
+    def of_rows(array: Array, *rest: str | None) -> PartitionSpec:
         return PartitionSpec(rows if array.shape[0] == batch else None, *rest)
 
-    mask_specs = _mask_specs(mask, part, spec)
+    mask_specs = _mask_specs(mask, part, of_rows)
     heads_spec = PartitionSpec(rows, part, heads)
 
     def local(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: AttentionMask) -> Array:
@@ -42,8 +44,6 @@ def attend_on_mesh(attend: Attend, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, 
         k_BSKH, v_BSKH = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (k_BSKH, v_BSKH))
         return _in_blocks(attend, q_BTNH, k_BSKH, v_BSKH, replace(mask, ordered=False))
 
-    if not free:
-        return attend(q_BTNH, k_BSKH, v_BSKH, mask)
     # All axes, also those of one device: TPU kernels are left whole by the partitioner.
     return jax.shard_map(
         local, in_specs=(heads_spec, heads_spec, heads_spec, mask_specs), out_specs=heads_spec, axis_names=auto_axes(),
@@ -52,13 +52,13 @@ def attend_on_mesh(attend: Attend, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, 
 
 
 def _mask_specs(
-    mask: AttentionMask, part: str | None, spec: Callable[..., PartitionSpec]
+    mask: AttentionMask, part: str | None, of_rows: Callable[..., PartitionSpec]
 ) -> AttentionMask:  # fmt: skip
     """The mask with a PartitionSpec in place of each array: queries are divided, keys are whole."""
     divided = {"query_positions_BT", "query_segments_BT", "allowed_BTS"}
     arrays = {f.name: getattr(mask, f.name) for f in fields(mask) if f.metadata.get("pytree_node", True)}
     specs: dict[str, Any] = {
-        name: spec(array, part) if name in divided else spec(array)
+        name: of_rows(array, part) if name in divided else of_rows(array)
         for name, array in arrays.items()
         if array is not None
     }

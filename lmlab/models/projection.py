@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from lmlab.core.sharding import STORED, constrain, devices_in_mesh, sum_over_tokens
+from lmlab.core.sharding import STORED, constrain, devices_in_mesh, platform, sum_over_tokens
 from lmlab.core.types import Array
 
 Names: TypeAlias = tuple[str, ...]
@@ -41,6 +41,8 @@ def _dot(a: Array, a_end: End, b: Array, b_end: End, dtype: Any = None) -> Array
     """Contract an end of a with an end of b; the other axes of a, then those of b, stay."""
     if devices_in_mesh() > 1:
         # Axes that are divided over devices must not be merged with others.
+        if dtype is not None and platform() == "cpu":  # which cannot sum such a product of bfloat16 in float32
+            a, b = a.astype(dtype), b.astype(dtype)
         dims = ((a_end.axes(a), b_end.axes(b)), ((), ()))
         return jax.lax.dot_general(a, b, dims, preferred_element_type=dtype)
     # Two plain matrices. With more axes than two, XLA on the CPU transposes activations to form a kernel's gradient:
@@ -54,15 +56,21 @@ def _dot(a: Array, a_end: End, b: Array, b_end: End, dtype: Any = None) -> Array
 def project(x: Array, kernel: Array, names: Names, inputs: int, dtype: Any = None) -> Array:
     """X [..., *ins] times kernel [*ins, *outs] -> [..., *outs], in `dtype` or the type of x.
 
-    names: logical axes of the kernel; its first `inputs` axes are contracted with the last ones of x.
+    names: logical axes of the kernel; its first `inputs` axes are contracted with the last ones of x. Has a gradient,
+    and that has one in turn, forwards or backwards; `jax.jvp` of the product itself is not defined.
     """
+    return _project(x, kernel, names, inputs, dtype)
+
+
+def _project(x: Array, kernel: Array, names: Names, inputs: int, dtype: Any) -> Array:
     return _dot(x, End(False, inputs), constrain(kernel.astype(x.dtype), names), End(True, inputs), dtype)
 
 
 def _project_forward(
     x: Array, kernel: Array, names: Names, inputs: int, dtype: Any
 ) -> tuple[Array, tuple[Array, Array]]:  # fmt: skip
-    return project(x, kernel, names, inputs, dtype), (x, kernel)
+    # Not `project` itself, which would forbid the gradient to be differentiated forwards.
+    return _project(x, kernel, names, inputs, dtype), (x, kernel)
 
 
 def _project_backward(
@@ -90,7 +98,11 @@ project.defvjp(_project_forward, _project_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def look_up(table_VD: Array, ids: Array, names: Names, dtype: Any) -> Array:
-    """Rows of a table: ids [...] -> [..., D] in `dtype`. Ids outside the table are clamped."""
+    """Rows of a table: ids [...] -> [..., D] in `dtype`. Ids must lie in the table."""
+    return _look_up(table_VD, ids, names, dtype)
+
+
+def _look_up(table_VD: Array, ids: Array, names: Names, dtype: Any) -> Array:
     return constrain(table_VD.astype(dtype), names)[ids]
 
 
@@ -98,7 +110,7 @@ def _look_up_forward(
     table_VD: Array, ids: Array, names: Names, dtype: Any
 ) -> tuple[Array, tuple[Array, Array]]:  # fmt: skip
     # An empty slice remembers shape and type of the table without holding it.
-    return look_up(table_VD, ids, names, dtype), (table_VD[:, :0], ids)
+    return _look_up(table_VD, ids, names, dtype), (table_VD[:, :0], ids)
 
 
 def _look_up_backward(

@@ -16,7 +16,7 @@ def splash_obstacle(mask: AttentionMask, q_BTNH: Array) -> str:
     if platform() != "tpu":
         return "a TPU for splash attention"
     if not mask.ordered or mask.rule is not None or mask.allowed_BTS is not None:
-        return "a causal self-attention mask without rules for splash attention"
+        return "a causal self-attention mask without rules, over rows that are whole, for splash attention"
     if q_BTNH.shape[1] % BLOCK:
         return f"a length that is a multiple of {BLOCK} for splash attention (it is {q_BTNH.shape[1]})"
     if q_BTNH.shape[3] % BLOCK:

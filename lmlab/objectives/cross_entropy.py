@@ -17,7 +17,7 @@ class TokenSums(NamedTuple):
     """Weighted sums over tokens, [] float32 each."""
 
     loss: Array
-    """sum w (-log p(label) + z_loss * log(Z)^2). The only one that has a gradient."""
+    """sum w (-log p(label) + z_loss * log(Z)^2). The only one that has a gradient, and none to the weights."""
     nll: Array
     """sum w (-log p(label)), in nats."""
     correct: Array
@@ -40,11 +40,11 @@ def chunked_cross_entropy(
     """
 
     def sums_of(head: Params, hidden_BTD: Array, labels_BT: Array, weights_BT: Array) -> TokenSums:
-        step = partial(_chunk_sums, logits, head, z_loss)
         zeros = TokenSums(*(jnp.zeros((), jnp.float32),) * 3)
 
         def body(sums: TokenSums, part: tuple[Array, Array, Array]) -> tuple[TokenSums, None]:
-            return jax.tree.map(jnp.add, sums, step(*part)[0]), None
+            hidden, labels, weights = part
+            return jax.tree.map(jnp.add, sums, _chunk_sums(logits(head, hidden), z_loss, labels, weights)[0]), None
 
         return jax.lax.scan(body, zeros, _chunks(hidden_BTD, labels_BT, weights_BT, chunk))[0]
 
@@ -65,16 +65,17 @@ def _chunks(hidden_BTD: Array, labels_BT: Array, weights_BT: Array, chunk: int) 
 
 
 def _chunk_sums(
-    logits: Logits, head: Params, z_loss: float, hidden_BCD: Array, labels_BC: Array, weights_BC: Array
+    logits_BCV: Array, z_loss: float, labels_BC: Array, weights_BC: Array
 ) -> tuple[TokenSums, tuple[Array, ...]]:
     """Sums over one chunk, and what its gradient is made of."""
-    logits_BCV = logits(head, hidden_BCD).astype(jnp.float32)
+    logits_BCV = logits_BCV.astype(jnp.float32)
     top_BC1 = jnp.max(logits_BCV, axis=-1, keepdims=True)
     exp_BCV = jnp.exp(logits_BCV - top_BC1)
     total_BC1 = jnp.sum(exp_BCV, axis=-1, keepdims=True)
     log_z_BC = (jnp.log(total_BC1) + top_BC1)[..., 0]
-    labels_BC = jnp.clip(labels_BC, 0, logits_BCV.shape[-1] - 1)
-    label_logit_BC = jnp.take_along_axis(logits_BCV, labels_BC[..., None], axis=-1)[..., 0]
+    # Not a gather: XLA cannot always divide one over the vocabulary.
+    label_BCV = jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2) == labels_BC[..., None]
+    label_logit_BC = jnp.sum(jnp.where(label_BCV, logits_BCV, 0), axis=-1)
     nll_BC = jnp.where(weights_BC != 0, log_z_BC - label_logit_BC, 0)
     z_BC = jnp.where(weights_BC != 0, jnp.square(log_z_BC), 0)
     sums = TokenSums(
@@ -82,7 +83,7 @@ def _chunk_sums(
         nll=jnp.sum(weights_BC * nll_BC),
         correct=jnp.sum(weights_BC * (label_logit_BC >= top_BC1[..., 0])),
     )
-    return sums, (exp_BCV, total_BC1, log_z_BC)
+    return sums, (exp_BCV, total_BC1, log_z_BC, label_BCV)
 
 
 def _forward(
@@ -94,10 +95,9 @@ def _forward(
     ) -> tuple[tuple[TokenSums, Params], Array]:
         sums, head_grad = carry
         hidden, labels, weights = part
-        new, (exp, total, log_z) = _chunk_sums(logits, head, z_loss, hidden, labels, weights)
         out, pullback = jax.vjp(logits, head, hidden)
-        onehot = jax.nn.one_hot(jnp.clip(labels, 0, exp.shape[-1] - 1), exp.shape[-1], dtype=exp.dtype)
-        slope = weights[..., None] * (exp * ((1 + 2 * z_loss * log_z)[..., None] / total) - onehot)
+        new, (exp, total, log_z, is_label) = _chunk_sums(out, z_loss, labels, weights)
+        slope = weights[..., None] * (exp * ((1 + 2 * z_loss * log_z)[..., None] / total) - is_label)
         slope = jnp.where(weights[..., None] != 0, slope, 0)
         head_slope, hidden_slope = pullback(slope.astype(out.dtype))
         head_grad = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), head_grad, head_slope)

@@ -21,7 +21,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from lmlab.core.errors import UserError
 from lmlab.core.types import Array, Params
 from lmlab.optim.groups import path_name
-from lmlab.train.hosts import any_process, first_does
+from lmlab.train.hosts import all_do, any_process, first_does
 from lmlab.train.state import State
 
 DAMAGED = "damaged-"
@@ -68,7 +68,7 @@ def save(checkpoints: Checkpoints, state: State, extra: Mapping[str, Any], held_
     step = int(state.step)
     if step in checkpoints.manager.all_steps():
         return
-    _check_room(checkpoints.folder, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+    all_do(lambda: _check_room(checkpoints.folder, sum(leaf.nbytes for leaf in jax.tree.leaves(state))))
     rest = replace(state, params={})
     meta = {"shapes": shapes(state), "digests": digests(state), "extra": dict(extra)}
     items = ocp.args.Composite(
@@ -117,8 +117,7 @@ def restore(checkpoints: Checkpoints, state: State) -> State | None:
     def read(step: int, meta: Mapping[str, Any]) -> State:
         _check_shapes(checkpoints.folder, meta["shapes"], shapes(state))
         like = ocp.args.StandardRestore
-        parts = ocp.args.Composite(params=like(state.params), rest=like(replace(state, params={})))
-        restored = checkpoints.manager.restore(step, args=parts)
+        restored = _read(checkpoints, step, params=like(state.params), rest=like(replace(state, params={})))
         whole = replace(restored["rest"], params=restored["params"])
         _verify(whole, meta["digests"])
         return whole
@@ -131,9 +130,7 @@ def restore_params(checkpoints: Checkpoints, params: Params) -> tuple[int, Param
 
     def read(step: int, meta: Mapping[str, Any]) -> tuple[int, Params]:
         _check_shapes(checkpoints.folder, _under(meta["shapes"], "params/"), shapes({"params": params}))
-        restored = checkpoints.manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(params)))[
-            "params"
-        ]
+        restored = _read(checkpoints, step, params=ocp.args.StandardRestore(params))["params"]
         _verify({"params": restored}, _under(meta["digests"], "params/"))
         return step, restored
 
@@ -145,25 +142,35 @@ def _under(table: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _newest_intact(checkpoints: Checkpoints, read: Callable[[int, Mapping[str, Any]], Any]) -> Any:
+    checkpoints.manager.wait_until_finished()
     for step in sorted(checkpoints.manager.all_steps(), reverse=True):
-        damage = None
         try:
-            args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-            meta = checkpoints.manager.restore(step, args=args)["meta"]
-            found = read(step, meta)
+            meta = _read(checkpoints, step, meta=ocp.args.JsonRestore())["meta"]
+            return read(step, meta)
         except UserError:
             raise
         except Exception as error:  # damage shows in any layer: JSON, zarr, zlib, a missing file, our digest
-            damage = " ".join(str(error).split()).partition(". ")[0][:160]
-        if not any_process(damage is not None):
-            return found
-        first_does(partial(_set_aside, checkpoints, step, damage or "another process cannot read it"))
+            why = " ".join(str(error).split()).partition(". ")[0][:160]
+        first_does(partial(_set_aside, checkpoints, step, why))
         checkpoints.manager.reload()
         _drop_suspended_reads()
     if any(checkpoints.folder.glob(f"{DAMAGED}*")):
         raise UserError("checkpoints", str(checkpoints.folder), "at least one intact checkpoint",
                         f"The damaged ones are kept as {DAMAGED}*; remove them to start from nothing.")  # fmt: skip
     return None
+
+
+def _read(checkpoints: Checkpoints, step: int, **items: Any) -> Any:
+    """Items of a checkpoint. Raises in every process if one cannot read them, before any computes with them."""
+    folder, found, failed = checkpoints.folder.resolve() / str(step), None, None
+    try:
+        # Not by the manager, inside of which the processes would wait for the one that has failed.
+        found = ocp.CompositeCheckpointHandler().restore(folder, args=ocp.args.Composite(**items))
+    except Exception as error:
+        failed = error
+    if any_process(failed is not None):
+        raise failed or OSError("another process cannot read it")
+    return found
 
 
 def _set_aside(checkpoints: Checkpoints, step: int, why: str) -> None:

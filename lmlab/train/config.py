@@ -15,7 +15,7 @@ class ParallelConfig:
     fsdp: int = 1
     """Replicas that each store a part of every matrix (arXiv 1910.02054, stage 3)."""
     context: int = 1
-    """Parts of every row (long sequences)."""
+    """Parts of every row, for long sequences. Attention is then XLA's: the kernels of TPU and GPU see whole rows."""
     tensor: int = 1
     """Parts of every layer: heads, feed-forward width, vocabulary (arXiv 1909.08053)."""
     offload: Literal["none", "optimizer"] = "none"

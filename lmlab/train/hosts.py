@@ -6,7 +6,7 @@ process all of this comes down to nothing.
 
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lmlab.core.errors import UserError, check
 from lmlab.train.config import HostsConfig
+
+FAREWELL_SECONDS = 30
+"""How long a process that leaves on an error waits for the others, who may be waiting for it: then all of them end."""
 
 
 def join(config: HostsConfig) -> None:
@@ -34,7 +37,9 @@ def join(config: HostsConfig) -> None:
             "coordinator_address": config.address, "num_processes": config.count, "process_id": config.index,
         }  # fmt: skip
     try:
-        jax.distributed.initialize(**given, initialization_timeout=config.patience)
+        jax.distributed.initialize(
+            **given, initialization_timeout=config.patience, shutdown_timeout_seconds=FAREWELL_SECONDS
+        )
     except (RuntimeError, ValueError) as error:
         why = " ".join(str(error).split())[:300]
         raise UserError("hosts.address", config.address, f"a job that all its processes join ({why})",
@@ -51,17 +56,26 @@ def any_process(flag: bool) -> bool:
     return flag if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
-def first_does(action: Callable[[], object]) -> None:
-    """Run `action` in the first process, then go on everywhere. Raises `UserError` everywhere if it did there."""
-    failed: UserError | None = None
-    if is_first():
-        try:
-            action()
-        except UserError as error:
-            failed = error
+T = TypeVar("T")
+
+
+def all_do(action: Callable[[], T]) -> T:
+    """The result of `action` in each process. If it raises in one, all raise, and none waits for it."""
+    found: list[T] = []
+    failed: Exception | None = None
+    try:
+        found.append(action())
+    except Exception as error:  # whatever it is, the others must hear of it
+        failed = error
     if any_process(failed is not None):
-        raise failed or UserError("job", f"process {jax.process_index()}", "the first process to go on",
-                                  "It has said why it could not.")  # fmt: skip
+        raise failed or UserError("job", f"process {jax.process_index()}", "all processes to go on",
+                                  "Another one has said why it could not.")  # fmt: skip
+    return found[0]
+
+
+def first_does(action: Callable[[], object]) -> None:
+    """Run `action` in the first process, then go on everywhere. Raises everywhere if it did there."""
+    all_do(lambda: action() if is_first() else None)
 
 
 def same_everywhere(field: str, value: str) -> None:

@@ -167,6 +167,7 @@ def place_batch(batch: Batch, mesh: Mesh) -> Batch:
 
     def place(x: Any) -> jax.Array:
         x = np.asarray(x)
+        check(len(x) % len(mine) == 0, "batch", len(x), f"a multiple of {len(mine)} rows, one or more a device")
         size = len(x) // len(mine)
         # The devices of a process need not hold neighbouring rows: its rows go to them in the order of the shards.
         begins = {start * size: place * size for place, start in enumerate(mine)}

@@ -40,20 +40,40 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(folder: Path, out: str, processes: int, *words: str, **own: list[str]) -> list[subprocess.Popen[str]]:
-    """All processes of a job that has eight devices together. own: an option, and its value in each process."""
+FAULTY = """
+import sys, orbax.checkpoint as ocp
+from lmlab.cli import main
+read = ocp.CompositeCheckpointHandler.restore
+def restore(self, folder, args):
+    if "params" in args.keys() and folder.name == "20":
+        raise OSError("input/output error")
+    return read(self, folder, args)
+ocp.CompositeCheckpointHandler.restore = restore
+sys.exit(main(sys.argv[1:]))
+"""
+"""lmlab on a host whose disk fails at the arrays of checkpoint 20."""
+
+
+def start(
+    folder: Path, out: str, processes: int, *words: str, faulty: int = -1, **own: list[str]
+) -> list[subprocess.Popen[str]]:
+    """All processes of a job that has eight devices together.
+
+    faulty: number of the process whose disk fails. own: an option, and its value in each process.
+    """
     environment = os.environ | {
         "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={DEVICES // processes}",
     }  # fmt: skip
-    command = [sys.executable, "-m", "lmlab.cli", "run", "tiny.py", "--out", out, *STEPS, *words]
+    command = ["run", "tiny.py", "--out", out, *STEPS, *words]
     if processes > 1:
         command += ["--hosts.address", f"127.0.0.1:{free_port()}", "--hosts.count", str(processes)]
     job = []
     for index in range(processes):
         mine = [*command, "--hosts.index", str(index)] if processes > 1 else command
         mine += [word for option, values in own.items() for word in (f"--{option}", values[index])]
-        job.append(subprocess.Popen(mine, cwd=folder, env=environment, text=True, stdin=subprocess.DEVNULL,
+        program = [sys.executable, *(["-c", FAULTY] if index == faulty else ["-m", "lmlab.cli"])]
+        job.append(subprocess.Popen([*program, *mine], cwd=folder, env=environment, text=True, stdin=subprocess.DEVNULL,
                                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT))  # fmt: skip
     return job
 
@@ -129,6 +149,16 @@ def test_one_process_killed_and_the_job_started_again_on_fewer_devices(folder, a
     again = finished(folder, "killed", 1, "--parallel.data", "2", "--parallel.fsdp", "1")
     assert "resuming at step" in again[0]
     same(measured(folder, "killed"), alone)
+
+
+def test_a_checkpoint_that_one_process_cannot_read(folder, alone):
+    finished(folder, "damaged", 2)
+    job = start(folder, "damaged", 2, faulty=1)
+    said = outputs(job)
+    assert [process.returncode for process in job] == [0, 0], said[0][-3000:]
+    assert "checkpoint 20 is damaged (another process cannot read it)" in said[0]
+    assert "resuming at step 18" in said[0]
+    same(measured(folder, "damaged"), alone)
 
 
 def test_processes_with_different_commands_are_told(folder):

@@ -13,9 +13,11 @@ from lmlab.models.config import ExecutionConfig
 from lmlab.optim.chain import build_optimizer
 from lmlab.optim.config import OptimConfig, ScheduleConfig
 from lmlab.testing.tables import OBJECTIVES
+from lmlab.testing.tiny import lively
 from lmlab.train import parallel
 from lmlab.train.config import ParallelConfig
 from lmlab.train.state import init_state
+from lmlab.train.step import total_loss
 
 
 @pytest.fixture(scope="module", params=OBJECTIVES)
@@ -119,3 +121,27 @@ def test_gradients_meet_in_float32_under_bfloat16_compute():
     results = [line.split("-> tensor<")[1].split(">")[0] for line in text.splitlines() if contracted in line]
     assert len(results) >= 5
     assert all(result.endswith("xf32") for result in results)
+
+
+def test_a_step_in_bfloat16_runs_on_a_mesh():
+    lm = small_lm(execution=ExecutionConfig(compute_dtype="bfloat16"))
+    objective = OBJECTIVES["next_token"].build(lm)
+    one, other = (trained(objective, sizes, lm, batches=BATCHES[:2])[1] for sizes in (None, (1, 2, 2, 2)))
+    assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 2, 2, 2)], ids=str)
+def test_the_gradient_has_a_gradient_both_ways(sizes):
+    """Hessian-vector products, forwards over the gradient and backwards, are the same."""
+    objective = OBJECTIVES["next_token_z_loss"].build(LM)
+    params = lively(LM.init(jax.random.key(0)))
+    vector = lively(jax.tree.map(jnp.zeros_like, params), seed=1)
+    loss = lambda params: total_loss(objective(params, BATCHES[0], jax.random.key(0)), {"next_token": jnp.ones(())})
+    inner = lambda params: sum(map(jnp.vdot, jax.tree.leaves(jax.grad(loss)(params)), jax.tree.leaves(vector)))
+    with jax.set_mesh(parallel.make_mesh(ParallelConfig(*sizes))):
+        forwards = jax.jit(lambda p, v: jax.jvp(jax.grad(loss), (p,), (v,))[1])(params, vector)
+        backwards = jax.jit(jax.grad(inner))(params)
+    for one, other in zip(jax.tree.leaves(forwards), jax.tree.leaves(backwards), strict=True):
+        scale = float(jnp.abs(one).max())
+        chex.assert_trees_all_close(jax.device_get(one) / scale, jax.device_get(other) / scale, atol=1e-4)

@@ -162,3 +162,9 @@ def test_what_a_process_feeds(held, share, monkeypatch):
             parallel.row_share(mesh)
     else:
         assert parallel.row_share(mesh) == share
+
+
+def test_a_batch_that_the_devices_cannot_share():
+    mesh = parallel.make_mesh(ParallelConfig(8))
+    with pytest.raises(UserError, match=r"batch = 12.*a multiple of 8 rows"):
+        parallel.place_batch({"x": np.arange(12)}, mesh)
