@@ -32,8 +32,12 @@ lint: setup
 bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,peers]'
 	$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.loss
+	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.crash
+	@echo "with a GPU: $(BIN)/python -m benchmarks.gpu"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

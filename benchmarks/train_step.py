@@ -41,39 +41,20 @@ def lmlab_step(seed: int) -> peers.Step:
 
     prepare(compile_cache=False)
     import jax
-    import jax.numpy as jnp
 
-    from lmlab.core.types import TokenBatch
+    from benchmarks.ours import make_update
     from lmlab.models.config import AttentionConfig, ExecutionConfig, MLPConfig, TransformerConfig
-    from lmlab.models.transformer import transformer
-    from lmlab.objectives.next_token import next_token
-    from lmlab.optim.chain import build_optimizer
-    from lmlab.optim.config import OptimConfig, ScheduleConfig
-    from lmlab.train.state import init_state
-    from lmlab.train.step import make_step as make_train_step
 
     config = TransformerConfig(
         vocab_size=peers.VOCAB, layers=peers.N_LAYERS, width=peers.WIDTH, max_length=peers.SEQ_LEN,
         norm_eps=peers.NORM_EPS, attention=AttentionConfig(heads=peers.N_HEADS), mlp=MLPConfig(width=peers.FFN),
         execution=ExecutionConfig(unroll=0),
     )  # fmt: skip
-    schedule = ScheduleConfig(peak=peers.LEARNING_RATE, warmup=0, decay="constant")
-    optim = OptimConfig(
-        schedule=schedule, b1=peers.BETA_1, b2=peers.BETA_2, eps=peers.ADAM_EPS, weight_decay=peers.WEIGHT_DECAY,
-        no_decay=(), clip=0.0,
-    )  # fmt: skip
-    lm = transformer(config)
-    tx = build_optimizer(optim, lm.axes, 1000)
-    state = init_state(lm.init, tx, seed)
-    train_step = jax.jit(make_train_step(next_token(lm), tx), donate_argnums=0)
-    shape = (peers.BATCH, peers.SEQ_LEN + 1)
-    ones, positions = jnp.ones(shape, jnp.int32), jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+    update = make_update(config, (peers.BATCH, peers.SEQ_LEN + 1), seed)
 
     def step(tokens_BT: np.ndarray) -> float:
-        nonlocal state
-        batch = TokenBatch(jnp.asarray(tokens_BT), ones, positions, ones.astype(bool))
         # The loss alone may be ready before the weights are; a timing must hold the whole step.
-        state, metrics = jax.block_until_ready(train_step(state, batch))
+        _, metrics = jax.block_until_ready(update(tokens_BT))
         return float(metrics["loss"])
 
     return step

@@ -13,6 +13,7 @@ import tyro
 from lmlab.core.errors import UserError
 from lmlab.inference.config import SamplingConfig
 from lmlab.recipe import Pretrain, load_recipe
+from lmlab.train.config import HostsConfig
 
 RUNS = Path("runs")
 
@@ -27,6 +28,7 @@ class Run:
     """Run folder; empty: runs/NAME."""
     profile: str = ""
     """FIRST:LAST: trace these steps (profile/ in the run folder) and tell which operations took their time."""
+    hosts: HostsConfig = field(default_factory=HostsConfig)
     config: Annotated[Pretrain, tyro.conf.arg(name="")] = field(default_factory=Pretrain)
 
 
@@ -70,15 +72,18 @@ def run(args: Run) -> int:
     """Train; 0 when finished, 130 or 143 when interrupted by SIGINT or SIGTERM."""
     from lmlab.pretrain import pretrain
     from lmlab.report.profile import parse_steps
+    from lmlab.train.hosts import is_first, join
 
     profile = parse_steps(args.profile, args.config.train.steps)
+    join(args.hosts)
     folder = Path(args.out) if args.out else RUNS / Path(args.recipe).stem
     outcome = pretrain(args.config, folder, profile)
-    if outcome.bits_per_byte:
+    if is_first() and outcome.bits_per_byte:
         print("\nheld-out bits per byte (lower is better)")
         for name, value in sorted(outcome.bits_per_byte.items(), key=lambda item: -item[1]):
             print(f"  {name:8s} {value:.3f}")
-    print(f"\nreport  {(outcome.folder / 'report.html').resolve()}")
+    if is_first():
+        print(f"\nreport  {(outcome.folder / 'report.html').resolve()}")
     return 128 + signal.Signals[outcome.stopped_by] if outcome.stopped_by else 0
 
 

@@ -12,8 +12,7 @@ from lmlab.data.open import open_data
 from lmlab.data.tokenizers import TextTokenizer, load_tokenizer
 from lmlab.evals.perplexity import make_held_out
 from lmlab.models.lm import LM
-from lmlab.models.transformer import transformer
-from lmlab.pretrain import build_objective, compare, load_checkpoints
+from lmlab.pretrain import build_lm, build_objective, compare, load_checkpoints
 from lmlab.recipe import Pretrain
 from lmlab.train.checkpoint import finish, restore_params
 from lmlab.train.folder import read_config
@@ -33,7 +32,7 @@ class LoadedRun:
 def load_run(folder: Path) -> LoadedRun:
     """Model and newest intact parameters of a run folder. Raises `UserError` if it holds none."""
     config = read_config(folder)
-    lm = transformer(config.model)
+    lm = build_lm(config)
     like = jax.eval_shape(lm.init, jax.random.key(0))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
@@ -52,5 +51,5 @@ def evaluate_run(folder: Path) -> dict[str, float]:
     objective = build_objective(loaded.config, loaded.lm, loaded.tokenizer)
     key = key_for(jax.random.key(loaded.config.train.seed), "held-out")
     values = make_held_out(objective, data.heldout, key)(loaded.params)
-    scores = compare(loaded.config, objective, data, loaded.params, key, folder)
+    scores = compare(loaded.config, values, data, folder)
     return values | {f"bits_per_byte/{name}": value for name, value in scores.items() if name != "model"}

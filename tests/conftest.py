@@ -1,6 +1,8 @@
 """Eight CPU devices, strict promotion of ranks, quick compilation and a cache of it; all set before JAX starts."""
 
+import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -12,8 +14,33 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
+from tiny_run import RECIPE, RUN  # noqa: E402
+
+from lmlab.cli import main  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """A folder with the recipe, its corpus, and in "out" a run that nobody touched."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "tiny.py").write_text(RECIPE)
+    lines = [json.dumps({"text": f"abc {i} " * (i % 5 + 2)}) for i in range(60)]
+    (folder / "corpus.jsonl").write_text("\n".join(lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(RUN) == 0
+    return folder
+
+
+@pytest.fixture
+def place(finished, tmp_path, monkeypatch) -> Path:
+    """A copy of `finished` to work in."""
+    shutil.copytree(finished, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"

@@ -3,10 +3,12 @@
 Every arm trains the sizes below on the same (8, 257) integer tokens, in float32, with AdamW at these
 settings, and answers `make_step(seed) -> step`, where `step(tokens_BT) -> loss` runs one whole
 optimisation step and returns only when the new weights are ready. Arms import nothing of lmlab but its
-error class, so that a change to the library can never change what it is compared with.
+error class, so that a change to the library can never change what it is compared with. `torch_cuda` is the peer of
+`benchmarks.gpu` and takes its sizes as a `Shape`.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -30,3 +32,14 @@ BETA_1 = 0.9
 BETA_2 = 0.999
 ADAM_EPS = 1e-8
 WEIGHT_DECAY = 0.01
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a Llama with tied embeddings and as many key heads as query heads."""
+
+    layers: int
+    width: int
+    heads: int
+    ffn: int
+    vocab: int

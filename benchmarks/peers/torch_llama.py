@@ -16,7 +16,7 @@ def make_step(seed: int, compiled: bool) -> peers.Step:
     compiles in the first call. AdamW is torch's fused kernel in both cases.
     Sets the process's torch thread count and torch's global seed.
     """
-    torch, transformers = _import_torch()
+    torch, transformers = import_torch()
     torch.set_num_threads(_core_count())
     torch.manual_seed(seed)
     model = transformers.LlamaForCausalLM(_config(transformers)).train()
@@ -49,7 +49,8 @@ def make_step(seed: int, compiled: bool) -> peers.Step:
     return step
 
 
-def _import_torch() -> tuple[ModuleType, ModuleType]:
+def import_torch() -> tuple[ModuleType, ModuleType]:
+    """Torch and transformers. Raises `UserError` where one of them is not installed."""
     try:
         import torch
         import transformers

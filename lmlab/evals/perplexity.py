@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lmlab.core.rng import key_for
+from lmlab.core.sharding import constrain
 from lmlab.core.types import Batch, Key, Objective, Params, Terms
 from lmlab.train.step import make_evaluation, term_metrics
 
@@ -18,7 +19,9 @@ def make_held_out(
     """`held_out(params) -> values`: loss, perplexity and the objective's metrics over all batches (or the first
     `limit`). Randomness of the objective is the same at every call, so that values compare.
     """
-    terms_of = jax.jit(make_evaluation(objective))
+    evaluation = make_evaluation(objective)
+    # Sums that every process of a job can read.
+    terms_of = jax.jit(lambda *args: jax.tree.map(lambda x: constrain(x, ()), evaluation(*args)))
 
     def held_out(params: Params) -> dict[str, float]:
         total: Terms | None = None

@@ -75,7 +75,7 @@ class ExecutionConfig:
     remat: Literal["none", "dots", "full"] = "none"
     """What a layer keeps for the backward pass: everything; its matmuls with weights; nothing but its input."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of activations and matmuls. Parameters, norms, softmax and losses stay in float32."""
+    """Type of activations and matmuls. Norms, softmax and losses stay in float32; for parameters see optim."""
     attention: Literal["auto", "xla", "cudnn", "splash", "reference"] = "auto"
     """Attention back-end; auto: splash on TPU, cudnn on GPU in bfloat16, where they can, otherwise xla."""
 

@@ -50,10 +50,11 @@ class Norm(nn.Module):
         if self.kind == "layer":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        y = y * jnp.broadcast_to(scale, y.shape)
+        # Parameters in bfloat16 are widened before they are broadcast: their gradient is a sum over all tokens.
+        y = y * jnp.broadcast_to(scale.astype(jnp.float32), y.shape)
         if self.kind == "layer":
             bias = self.param("bias", named(nn.initializers.zeros, (self.axis,)), (size,))
-            y = y + jnp.broadcast_to(bias, y.shape)
+            y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
         return y.astype(x.dtype)
 
 
@@ -77,8 +78,8 @@ class Linear(nn.Module):
         kernel = self.param("kernel", kernel_init(names, self.std), (*ins, *outs))
         y = checkpoint_name(project(x, kernel, names, len(ins)), PROJECTION)
         if self.bias:
-            bias = named(nn.initializers.zeros, tuple(self.outputs))
-            y = y + jnp.broadcast_to(self.param("bias", bias, outs).astype(x.dtype), y.shape)
+            bias = self.param("bias", named(nn.initializers.zeros, tuple(self.outputs)), outs)
+            y = (y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)).astype(x.dtype)
         return y
 
 

@@ -8,6 +8,7 @@ import optax
 from lmlab.core.errors import check
 from lmlab.optim.config import OptimConfig, ScheduleConfig
 from lmlab.optim.groups import is_names, matching, matrix_axes
+from lmlab.optim.precision import master_weights, stochastic_rounding
 
 
 def build_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
@@ -37,11 +38,12 @@ def _length(value: float, steps: int) -> int:
     return round(value * steps) if value < 1 else int(value)
 
 
-def build_optimizer(config: OptimConfig, axes: Any, steps: int) -> optax.GradientTransformation:
+def build_optimizer(config: OptimConfig, axes: Any, steps: int, seed: int = 0) -> optax.GradientTransformation:
     """Clip -> rule -> + weight_decay * params -> * -rate(step): decay is decoupled and masked alike for all rules.
 
     axes: logical axis names by parameter (`LM.axes`). They tell Muon its matrices, which stacked layers and
-    head axes hide from a look at the rank.
+    head axes hide from a look at the rank. seed: of stochastic rounding. Unless `config.parameters` is float32
+    the parameters must be bfloat16 (`cast_parameters`); the chain itself runs in float32 always.
     """
     b1, b2 = config.b1, config.b2
     rule = {
@@ -55,12 +57,17 @@ def build_optimizer(config: OptimConfig, axes: Any, steps: int) -> optax.Gradien
         "sgd": lambda: optax.trace(b1) if b1 else optax.identity(),
     }[config.rule]()
     decayed = jax.tree.map(lambda skip: not skip, matching(axes, config.no_decay))
-    return optax.chain(
+    chain = optax.chain(
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         rule,
         optax.add_decayed_weights(config.weight_decay, mask=decayed) if config.weight_decay else optax.identity(),
         optax.scale_by_learning_rate(build_schedule(config.schedule, steps)),
     )
+    return {
+        "float32": lambda: chain,
+        "bfloat16_master": lambda: master_weights(chain),
+        "bfloat16_stochastic": lambda: stochastic_rounding(chain, seed),
+    }[config.parameters]()
 
 
 def _scale_by_muon(config: OptimConfig, axes: Any) -> optax.GradientTransformation:

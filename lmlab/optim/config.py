@@ -49,6 +49,9 @@ class OptimConfig:
     """Parameters whose path contains one of these patterns (regular expressions) are not decayed."""
     clip: float = 1.0
     """Largest global norm of the gradient; 0: no clipping."""
+    parameters: Literal["float32", "bfloat16_master", "bfloat16_stochastic"] = "float32"
+    """How parameters are held: float32; bfloat16 with a float32 copy beside the moments (6 bytes each, arXiv
+    1710.03740); bfloat16 alone, rounded at random (2 bytes, arXiv 2010.06192). Moments are float32."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

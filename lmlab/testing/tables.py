@@ -57,21 +57,34 @@ OBJECTIVES: dict[str, ObjectiveCase] = {
 """Every objective of lmlab."""
 
 
-def _rule(name: Any, **changes: Any) -> Callable[[Any], optax.GradientTransformation]:
+@dataclass(frozen=True)
+class TransformCase:
+    """An optimiser, built from the logical axes of the parameters, and how it wants those held."""
+
+    build: Callable[[Any], optax.GradientTransformation]
+    parameters: str = "float32"
+    """As in `OptimConfig.parameters`."""
+
+
+def _rule(name: Any, **changes: Any) -> TransformCase:
     schedule = ScheduleConfig(peak=1e-2, warmup=2)
     config = replace(OptimConfig(schedule=schedule), rule=name, **changes)
-    return lambda axes: build_optimizer(config, axes, 20)
+    return TransformCase(lambda axes: build_optimizer(config, axes, 20), config.parameters)
 
 
-TRANSFORMS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
+TRANSFORMS: dict[str, TransformCase] = {
     "adamw": _rule("adamw"),
     "lion": _rule("lion"),
     "adafactor": _rule("adafactor"),
     "muon": _rule("muon"),
     "sgd": _rule("sgd"),
     "no_clip_no_decay": _rule("adamw", clip=0.0, weight_decay=0.0),
+    "master_weights": _rule("adamw", parameters="bfloat16_master"),
+    "master_weights_muon": _rule("muon", parameters="bfloat16_master"),
+    "stochastic_rounding": _rule("adamw", parameters="bfloat16_stochastic"),
+    "stochastic_rounding_muon": _rule("muon", parameters="bfloat16_stochastic"),
 }
-"""Every optimiser of lmlab, made from the logical axes of the parameters."""
+"""Every optimiser of lmlab."""
 
 
 def _mixture(**changes: Any) -> Callable[[int, int], Stream]:

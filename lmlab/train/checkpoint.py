@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from lmlab.core.errors import UserError
 from lmlab.core.types import Array, Params
 from lmlab.optim.groups import path_name
+from lmlab.train.hosts import any_process, first_does
 from lmlab.train.state import State
 
 DAMAGED = "damaged-"
@@ -144,14 +146,19 @@ def _under(table: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def _newest_intact(checkpoints: Checkpoints, read: Callable[[int, Mapping[str, Any]], Any]) -> Any:
     for step in sorted(checkpoints.manager.all_steps(), reverse=True):
+        damage = None
         try:
             args = ocp.args.Composite(meta=ocp.args.JsonRestore())
             meta = checkpoints.manager.restore(step, args=args)["meta"]
-            return read(step, meta)
+            found = read(step, meta)
         except UserError:
             raise
         except Exception as error:  # damage shows in any layer: JSON, zarr, zlib, a missing file, our digest
-            _set_aside(checkpoints, step, error)
+            damage = " ".join(str(error).split()).partition(". ")[0][:160]
+        if not any_process(damage is not None):
+            return found
+        first_does(partial(_set_aside, checkpoints, step, damage or "another process cannot read it"))
+        checkpoints.manager.reload()
         _drop_suspended_reads()
     if any(checkpoints.folder.glob(f"{DAMAGED}*")):
         raise UserError("checkpoints", str(checkpoints.folder), "at least one intact checkpoint",
@@ -159,7 +166,7 @@ def _newest_intact(checkpoints: Checkpoints, read: Callable[[int, Mapping[str, A
     return None
 
 
-def _set_aside(checkpoints: Checkpoints, step: int, error: Exception) -> None:
+def _set_aside(checkpoints: Checkpoints, step: int, why: str) -> None:
     """Move a damaged checkpoint out of the way, never delete it."""
     target = checkpoints.folder / f"{DAMAGED}{step}"
     for old in range(1, 1000):
@@ -167,8 +174,6 @@ def _set_aside(checkpoints: Checkpoints, step: int, error: Exception) -> None:
             break
         target = checkpoints.folder / f"{DAMAGED}{step}.{old}"
     shutil.move(checkpoints.folder / str(step), target)
-    checkpoints.manager.reload()
-    why = " ".join(str(error).split()).partition(". ")[0][:160]
     checkpoints.say(f"checkpoint {step} is damaged ({why}): kept as {target.name}, falling back to the one before")
 
 

@@ -26,6 +26,20 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class HostsConfig:
+    """A job of several processes that run the same command. No part of what is computed, so no part of a recipe."""
+
+    address: str = ""
+    """Empty: one process. auto: Cloud TPU, GKE, SLURM or Open MPI know the job. Else HOST:PORT of the first process."""
+    count: int = 0
+    """Processes in all, where an address is given."""
+    index: int = 0
+    """Number of this process, from 0, where an address is given."""
+    patience: int = 300
+    """Seconds to wait for the other processes."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How long to train and what to do when."""
 

@@ -40,15 +40,18 @@ def open_run(folder: Path) -> Iterator[Path]:
         yield folder
 
 
-def settle_config(folder: Path, config: Any) -> None:
-    """Write `config.json`, or check that the folder's own says the same. Raises `UserError` with what differs."""
+def settle_config(folder: Path, config: Any, free: tuple[str, ...] = ()) -> None:
+    """Write `config.json`, or check that the folder's own says the same. Raises `UserError` with what differs.
+
+    free: first names of fields that may differ; the new ones are written.
+    """
     path = folder / CONFIG
     new = to_json(config)
     if not path.exists():
         write_json(path, new)
         return
     old = read_json(path)
-    differing = _differences(old, new)
+    differing = [each for each in _differences(old, new) if each[0].split(".")[0] not in free]
     if differing:
         shown = "; ".join(f"{name} was {was!r}, now {now!r}" for name, was, now in differing[:4])
         raise UserError("run folder", str(folder), "the config that the run was begun with",

@@ -37,6 +37,19 @@ class Display(Protocol):
         """Show a line."""
 
 
+class Silent:
+    """Log and display of the processes of a job that write nothing."""
+
+    def write(self, step: int, kind: str, values: Values) -> None:
+        """See `Log`."""
+
+    def update(self, step: int, values: Values, tokens_per_second: float) -> None:
+        """See `Display`."""
+
+    def say(self, text: str) -> None:
+        """See `Display`."""
+
+
 def ignore(*_: Any) -> None:
     """Do nothing: the default of everything optional here."""
 
@@ -67,6 +80,8 @@ class Callbacks:
     """Called with the state and, where just evaluated, its held-out loss."""
     describe: Callable[[int], list[str]] = lambda step: []
     """Names of the documents in the batch of a step, for the message of a run that stops."""
+    agree: Callable[[int], int] = lambda number: number
+    """Given the number of the signal that this process received (0: none), that of the whole job."""
     watch: Watch | None = None
     """Who looks at some of the steps; None: nobody."""
     tokens_per_step: int = 0
@@ -97,7 +112,7 @@ def fit(
     pending: tuple[int, Mapping[str, Any]] | None = None
     feed = batches(first)
     begins, ends = _watched(calls.watch, first)
-    with stop_signals() as stop, ExitStack() as watching:
+    with stop_signals() as asked, ExitStack() as watching:
         for done in range(first + 1, config.steps + 1):
             if calls.watch and done == begins:
                 with clock.paused():
@@ -108,6 +123,7 @@ def fit(
             if pending:
                 _record(*pending, config, calls, clock)
             pending = (done, metrics)
+            stop = calls.agree(signal.Signals[asked[0]].value if asked else 0)
             due = _due(done, config, asked=bool(stop))
             if any(due) or done in (begins - 1, ends):
                 _record(*pending, config, calls, clock)
@@ -119,8 +135,9 @@ def fit(
                         watching.close()
                     _visit(state, done, due, calls)
             if due.leave:
-                calls.display.say(f"stopped by {stop[0]} after step {done}; run the same command to go on")
-                return state, stop[0]
+                name = signal.Signals(stop).name
+                calls.display.say(f"stopped by {name} after step {done}; run the same command to go on")
+                return state, name
     return state, None
 
 

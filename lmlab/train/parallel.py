@@ -109,6 +109,19 @@ def abstract_state(init: Callable[[Key], Params], tx: optax.GradientTransformati
     return jax.eval_shape(lambda key: new_state(init(key), tx, key), jax.random.key(0))
 
 
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """The shapes, each with its sharding: what a checkpoint is restored into."""
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings)
+
+
+def check_rows(mesh: Mesh, batch_size: int, microbatches: int = 1) -> None:
+    """Raise `UserError` unless the rows of a microbatch can be dealt evenly to (data, fsdp)."""
+    shards = math.prod(mesh.shape[axis] for axis in ROWS)
+    check(batch_size % (microbatches * shards) == 0, "data.batch_size", batch_size,
+          f"a multiple of train.microbatches x parallel.data x parallel.fsdp = {microbatches * shards}",
+          "Each device takes the same number of rows: change one of them.")  # fmt: skip
+
+
 def row_sharding(mesh: Mesh) -> NamedSharding:
     """Where batches lie: their first axis over (data, fsdp)."""
     return NamedSharding(mesh, PartitionSpec(ROWS))

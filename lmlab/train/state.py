@@ -28,6 +28,10 @@ def new_state(params: Params, tx: optax.GradientTransformation, key: Key) -> Sta
     return State(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), key=key)
 
 
-def init_state(init: Any, tx: optax.GradientTransformation, seed: int) -> State:
-    """The state of a new run: `init(key)` makes the parameters. Jitted, so that nothing is made twice."""
-    return jax.jit(lambda key: new_state(init(key_for(key, "init")), tx, key))(jax.random.key(seed))
+def init_state(init: Any, tx: optax.GradientTransformation, seed: int, shardings: Any = None) -> State:
+    """The state of a new run: `init(key)` makes the parameters. Jitted, so that nothing is made twice.
+
+    shardings: where each array lies (`state_shardings`); every device then makes its own part and no other.
+    """
+    make = jax.jit(lambda key: new_state(init(key_for(key, "init")), tx, key), out_shardings=shardings)
+    return make(jax.random.key(seed))

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -29,7 +28,8 @@ def make_step(
     The weights are summed first; as they do not depend on the parameters, the compiler drops the model from
     that pass. `microbatches` divides the batch's rows; microbatch i takes the rows i, i + M, i + 2M, ..., so that
     rows stay on their device. `reduce` sums a pytree over devices where the caller maps the step (psum);
-    identity under jit, which sees global arrays.
+    identity under jit, which sees global arrays. Gradients are added up and given to `tx` in float32, whatever
+    the type of the parameters.
     Metrics: `loss`, `loss/<term>` if there are several, the objective's metrics, `grad_norm`, `param_norm`,
     `weight` (of the first term: the labels of the batch).
     """
@@ -49,7 +49,10 @@ def make_step(
             terms = objective(params, *part)
             return total_loss(terms, weights), jax.lax.stop_gradient((terms, jnp.ones(())))
 
-        gradient = partial(jax.grad(share, has_aux=True), state.params)
+        def gradient(part: tuple[Batch, Key]) -> tuple[Params, tuple[Terms, Array]]:
+            grad, seen = jax.grad(share, has_aux=True)(state.params, part)
+            return optax.tree.cast(grad, jnp.float32), seen
+
         first = jax.tree.map(lambda x: x[0], (parts, keys))
         if microbatches == 1:
             sums = gradient(first)
@@ -61,7 +64,8 @@ def make_step(
         updates, opt_state = tx.update(grad, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = term_metrics(terms, parts_seen, weights)
-        metrics |= {"grad_norm": optax.tree.norm(grad), "param_norm": optax.tree.norm(params)}
+        wide = optax.tree.cast(params, jnp.float32)
+        metrics |= {"grad_norm": optax.tree.norm(grad), "param_norm": optax.tree.norm(wide)}
         return replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return step

@@ -124,3 +124,21 @@ def test_bfloat16_stays_near_float32(made):
     exact = logits(lm, params, tokens())
     error = jnp.abs(half.logits(params, hidden) - exact).max() / jnp.abs(exact).max()
     assert 0 < error < 0.1
+
+
+def test_gradients_of_bfloat16_parameters_are_those_of_float32_rounded(made):
+    # Many tokens share a row of the embedding, a bias and a scale: their sum must not be made in bfloat16.
+    lm, params = made
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+
+    def loss(params, tokens_BT):
+        logprobs_BTV = jax.nn.log_softmax(lm.logits(params, lm.apply(params, tokens_BT)[0]))
+        return -jnp.mean(jnp.take_along_axis(logprobs_BTV[:, :-1], tokens_BT[:, 1:, None], axis=-1))
+
+    gradient = jax.jit(jax.grad(loss))
+    batch_BT = tokens(256, 16)
+    rounded, exact = gradient(half, batch_BT), gradient(jax.tree.map(lambda x: x.astype(jnp.float32), half), batch_BT)
+    for ours, wanted in zip(jax.tree.leaves(rounded), jax.tree.leaves(exact), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        error = jnp.max(jnp.abs(ours.astype(jnp.float32) - wanted)) / jnp.max(jnp.abs(wanted))
+        assert float(error) < 2**-7

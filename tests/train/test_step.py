@@ -11,7 +11,7 @@ from lmlab.core.types import Ratio, Terms
 from lmlab.objectives.next_token import next_token
 from lmlab.testing.tables import OBJECTIVES
 from lmlab.testing.tiny import random_batch, tiny_lm
-from lmlab.train.state import init_state
+from lmlab.train.state import init_state, new_state
 from lmlab.train.step import make_step
 
 LM = tiny_lm()
@@ -35,6 +35,45 @@ def test_one_batch_of_8_is_8_of_1(name, microbatches):
     whole, parts = (run(OBJECTIVES[name].build(LM), batch, m) for m in (1, microbatches))
     chex.assert_trees_all_close(whole[0].params, parts[0].params, atol=1e-6)
     chex.assert_trees_all_close(whole[1], parts[1], rtol=1e-5, atol=1e-6)
+
+
+# Keeps the gradient that it is given for its state, and moves nothing.
+KEEP = optax.GradientTransformation(
+    lambda params: optax.tree.zeros_like(params, dtype=jnp.float32),
+    lambda grads, state, params: (optax.tree.zeros_like(grads), grads),
+)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 8])
+def test_gradients_of_bfloat16_parameters_lose_one_rounding_a_part(microbatches):
+    batch, half = random_batch(rows=8, seed=5), optax.tree.cast(LM.init(jax.random.key(0)), jnp.bfloat16)
+
+    def gradient(params, parts):
+        step = jax.jit(make_step(next_token(LM), KEEP, microbatches=parts))
+        return step(new_state(params, KEEP, jax.random.key(0)), batch)[0].opt_state
+
+    exact = gradient(optax.tree.cast(half, jnp.float32), 1)
+    for ours, wanted in zip(jax.tree.leaves(gradient(half, microbatches)), jax.tree.leaves(exact), strict=True):
+        assert ours.dtype == jnp.float32
+        assert float(jnp.max(jnp.abs(ours - wanted))) <= 2**-7 * float(jnp.max(jnp.abs(wanted)))
+
+
+def test_sums_over_microbatches_and_norms_are_float32():
+    # Gradients of the eight parts: 1 and seven times 2^-9, which bfloat16 could not add to 1.
+    def objective(params, batch, key):
+        return Terms({"a": Ratio(jnp.sum(params["p"] * jnp.sum(batch, axis=0)), jnp.ones(()) / 8)}, {"a": 1.0}, {})
+
+    small = 2.0**-9
+    batch = jnp.asarray([[1.0]] + [[small]] * 7)
+    state = new_state({"p": jnp.asarray([1.0], jnp.bfloat16)}, KEEP, jax.random.key(0))
+    after, metrics = jax.jit(make_step(objective, KEEP, microbatches=8))(state, batch)
+    assert float(after.opt_state["p"][0]) == 1 + 7 * small
+    assert float(metrics["grad_norm"]) == 1 + 7 * small
+    # The norm of 300 ones; in bfloat16 their sum would end at 256.
+    ones = new_state({"p": jnp.ones(300, jnp.bfloat16)}, KEEP, jax.random.key(0))
+    _, metrics = jax.jit(make_step(objective, KEEP))(ones, jnp.zeros((1, 300)))
+    assert metrics["param_norm"].dtype == jnp.float32
+    assert np.isclose(metrics["param_norm"], 300**0.5, rtol=1e-6)
 
 
 def weighted(params, batch, key):
