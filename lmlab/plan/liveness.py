@@ -237,7 +237,8 @@ def _timeline(
             if donor is not None:
                 dying.remove(donor)
             home[value] = home.get(donor, donor) if donor is not None else value
-            fresh = [begin if node.ins else 0, time, begin]
+            early = begin if node.ins else 0
+            fresh = [early, early, begin]
             span = spans.setdefault(home[value], fresh)
             span[1] = max(span[1], time) if node.name not in POINTWISE else span[1]
         for value in (*node.ins, *node.outs):
