@@ -15,22 +15,27 @@ from typing import Any, NamedTuple
 
 from jax.extend import core as jex
 
-VIEWS = frozenset(
-    "reshape squeeze expand_dims transpose stop_gradient name copy copy_p sharding_constraint optimization_barrier".split()
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+VIEWS = _names(
+    "reshape squeeze expand_dims transpose stop_gradient name copy copy_p sharding_constraint optimization_barrier"
 )
-POINTWISE = VIEWS | frozenset(
+POINTWISE = VIEWS | _names(
     "broadcast_in_dim convert_element_type slice rev split add sub mul neg max min select_n and or not xor eq ne lt le "
     "gt ge abs sign integer_pow square iota clamp floor rem add_any is_finite pad shift_left shift_right_logical "
-    "reduce_precision dynamic_slice exp exp2 log log1p div rsqrt sqrt tanh logistic pow sin cos erf erfc row".split()
+    "reduce_precision dynamic_slice exp exp2 log log1p div rsqrt sqrt tanh logistic pow sin cos erf erfc row"
 )
-REPEATED = frozenset(("broadcast_in_dim", "row"))
+REPEATED = _names("broadcast_in_dim row")
 """Done again for each reader rather than kept."""
-FUSING = POINTWISE | frozenset(
-    "reduce_sum reduce_max reduce_min reduce_and reduce_or argmax concatenate dynamic_update_slice".split()
+FUSING = POINTWISE | _names(
+    "reduce_sum reduce_max reduce_min reduce_and reduce_or argmax concatenate dynamic_update_slice"
 )
 """What takes pointwise operands without a buffer for them."""
-IN_PLACE = POINTWISE | frozenset("dynamic_update_slice scatter scatter-add scan while".split())
-CALLS = frozenset("jit pjit custom_jvp_call custom_vjp_call remat remat2 checkpoint closed_call core_call".split())
+IN_PLACE = POINTWISE | _names("dynamic_update_slice scatter scatter-add scan while")
+CALLS = _names("jit pjit custom_jvp_call custom_vjp_call remat remat2 checkpoint closed_call core_call")
 
 
 class Value:
@@ -135,13 +140,14 @@ def _flatten(jaxpr: Any) -> tuple[list[Value], list[Node], list[Value | None]]:
             if eqn.primitive.name in CALLS:
                 called = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
                 called = getattr(called, "jaxpr", called)
-                inner = {var: Value(var.aval) for var in called.constvars}
+                inner: dict[Any, Value | None] = {var: Value(var.aval) for var in called.constvars}
                 inner |= dict(zip(called.invars, inputs, strict=True))
                 inline(called, inner)
                 results = [read(inner, var) for var in called.outvars]
             else:
-                results = [Value(var.aval) for var in eqn.outvars]
-                nodes.append(Node(eqn.primitive.name, frozenset(_values(inputs)), tuple(results), eqn.params))
+                made = tuple(Value(var.aval) for var in eqn.outvars)
+                nodes.append(Node(eqn.primitive.name, frozenset(_values(inputs)), made, eqn.params))
+                results = list(made)
             values.update(zip(eqn.outvars, results, strict=True))
 
     inline(jaxpr, values)
@@ -247,5 +253,7 @@ def _timeline(
     for value in kept & home.keys():
         if home[value] in spans:
             spans[home[value]][2] = time
-    buffers += [Buffer(v.bytes, *span, v.shape) for v, span in spans.items() if v not in overwritten]
+    buffers += [
+        Buffer(v.bytes, start, made, end, v.shape) for v, (start, made, end) in spans.items() if v not in overwritten
+    ]
     return buffers

@@ -89,7 +89,7 @@ def train_step(config: Pretrain) -> tuple[LM, State, Step]:
 
 def batch_shapes(rows: int, length: int) -> TokenBatch:
     """A batch of that many rows of length + 1 tokens."""
-    shape = lambda dtype: jax.ShapeDtypeStruct((rows, length + 1), dtype)
+    shape: Any = lambda dtype: jax.ShapeDtypeStruct((rows, length + 1), dtype)
     return TokenBatch(shape(jnp.int32), shape(jnp.int32), shape(jnp.int32), shape(jnp.bool_))
 
 
