@@ -129,23 +129,38 @@ def compile_here(config: Pretrain, shape: Mapping[str, int], topology: str) -> d
 
 
 def collectives(hlo: str) -> dict[str, tuple[int, float]]:
-    """By kind: how often a step runs it, and the bytes of all its results. Turns of loops count."""
+    """By kind: how often a step runs it, and the bytes of all its results. Turns of loops count.
+
+    Pieces of one that runs beside other work share its channel, and are counted once.
+    """
     bodies = dict(_computations(hlo))
-    counts: dict[str, tuple[int, float]] = {}
+    found: dict[tuple[str, str], tuple[int, float]] = {}
 
     def visit(name: str, times: int) -> None:
-        for line in bodies.get(name, ()):
-            for kind in COLLECTIVES:
-                if found := re.search(rf"= (.*?) {kind}(?:-start)?\(", line):
-                    often, size = counts.get(kind, (0, 0.0))
-                    counts[kind] = often + times, size + times * _result_bytes(found[1], f"{kind}-start(" in line)
-            turns = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-            for callee in re.findall(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", line):
-                visit(callee, times * (int(turns[1]) if turns else 1))
+        for number, line in enumerate(bodies.get(name, ())):
+            if match := re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", line):
+                channel = re.search(r"channel_id=\d+", line)
+                key = match[2], channel[0] if channel else f"{name} {number}"
+                size = _result_bytes(match[1], bool(match[3]))
+                found[key] = max(found.get(key, (0, 0.0)), (times, times * size))
+            if loop := re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
+                visit(loop[2], times * _turns(line, bodies.get(loop[1], [])))
+            for callee in re.findall(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", line):
+                visit(callee, times)
 
     entry = re.search(r"^ENTRY %?([\w.\-]+)", hlo, re.MULTILINE)
     visit(entry[1] if entry else "", 1)
-    return counts
+    kinds = {kind for kind, _ in found}
+    rows = {kind: [value for (other, _), value in found.items() if other == kind] for kind in sorted(kinds)}
+    return {kind: (sum(n for n, _ in values), sum(size for _, size in values)) for kind, values in rows.items()}
+
+
+def _turns(line: str, condition: list[str]) -> int:
+    """Turns of a loop: what the compiler knows, else the number that its counter is compared with."""
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
+        return int(known[1])
+    limits = [int(limit) for text in condition for limit in re.findall(r" constant\((\d+)\)", text)]
+    return max(limits, default=1)
 
 
 def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:

@@ -152,7 +152,8 @@ def _kinds(own: Pretrain) -> dict[str, Callable[[tuple[int, ...]], bool]]:
     """What a buffer holds, told by its shape. Those that fit none are working memory."""
     model = own.model
     known = {placed.shape for placed in table_of_shardings(own, _one())}
-    stacked = lambda shape: len(shape) > 2 and shape[0] == model.layers and shape not in known
+    kept = (model.layers, own.data.batch_size // own.train.microbatches)
+    stacked = lambda shape: len(shape) > 2 and shape[:2] == kept and shape not in known
     wide = lambda shape: len(shape) > 1 and shape[-1] == model.vocab_size and shape != (model.width, shape[-1])
     return {
         "gradients": lambda shape: shape in known,

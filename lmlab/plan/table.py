@@ -11,8 +11,9 @@ from lmlab.recipe import Pretrain
 from lmlab.train.device import Chip
 from lmlab.train.parallel import Placed
 
-TIGHT = 0.9
-"""Share of a chip's memory above which a plan is called tight: runtimes keep some for themselves."""
+TIGHT, TIGHT_ESTIMATE = 0.95, 0.7
+"""Share of a chip's memory above which a plan is called tight, by what the compiler or the estimate says of it.
+Compilers lay buffers out with holes and keep what the estimate takes to be fused."""
 
 
 def gib(size: float) -> str:
@@ -48,7 +49,10 @@ def memory_lines(memory: Memory, compiled: Compiled | None, chip: Chip, name: st
     trusted = compiled and compiled.compiler != "cpu" and not compiled.refusal
     total = compiled.total if compiled and trusted else memory.total
     share = total / chip.memory
-    verdict = "DOES NOT FIT" if share > 1 or (compiled and compiled.refusal) else "tight" if share > TIGHT else "fits"
+    tight = TIGHT if trusted else TIGHT_ESTIMATE
+    verdict = "DOES NOT FIT" if share > 1 or (compiled and compiled.refusal) else "tight" if share > tight else "fits"
+    if not trusted:
+        lines.append("(an estimate of what is alive at once; compilers took up to two fifths more in what was tried)")
     return [*lines, f"{verdict}: {gib(total)} of the {gib(chip.memory)} of a {name} ({share:.0%})"]
 
 
