@@ -35,6 +35,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.loss
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.checkpoint
+	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.crash
 	@echo "with a GPU: $(BIN)/python -m benchmarks.gpu"

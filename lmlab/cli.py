@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from lmlab.core.errors import UserError
+from lmlab.core.errors import UserError, check
 from lmlab.inference.config import SamplingConfig
 from lmlab.recipe import Pretrain, load_recipe
 from lmlab.train.config import HostsConfig
@@ -28,8 +28,8 @@ class Run:
     """Run folder; empty: runs/NAME."""
     profile: str = ""
     """FIRST:LAST: trace these steps (profile/ in the run folder) and tell which operations took their time."""
-    hosts: HostsConfig = field(default_factory=HostsConfig)
     config: Annotated[Pretrain, tyro.conf.arg(name="")] = field(default_factory=Pretrain)
+    hosts: HostsConfig = field(default_factory=HostsConfig)
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ def run(args: Run) -> int:
     from lmlab.train.hosts import is_first, join
 
     profile = parse_steps(args.profile, args.config.train.steps)
+    check("://" not in args.out, "--out", args.out, "a folder of this machine", "Mount the bucket and name its folder.")
     join(args.hosts)
     folder = Path(args.out) if args.out else RUNS / Path(args.recipe).stem
     outcome = pretrain(args.config, folder, profile)

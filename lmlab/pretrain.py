@@ -42,6 +42,7 @@ from lmlab.train.parallel import (
     abstract_state,
     check_rows,
     make_mesh,
+    offloaded,
     param_shardings,
     place_batch,
     placed_step,
@@ -110,6 +111,8 @@ def pretrain(config: Pretrain, folder: Path, profile: tuple[int, int] | None = N
         tx = build_optimizer(config.optim, lm.axes, config.train.steps, config.train.seed)
         shapes = abstract_state(lm.init, tx)
         shardings = state_shardings(shapes, param_shardings(lm.axes, shapes.params, mesh))
+        if config.parallel.offload == "optimizer":
+            shardings = offloaded(shardings)
         first_does(lambda: _settle(folder, config, data.tokenizer))
 
         checkpoints = open_checkpoints(folder / CHECKPOINTS, config.train.keep_last, config.train.keep_best)

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import attention, checkpoint, gpu, loss, peers, timing, train_step
+from benchmarks import attention, checkpoint, gpu, loss, peers, scaling, timing, train_step
 from lmlab.core.errors import UserError
 from lmlab.models.flops import training_flops_per_token
 
@@ -222,3 +222,38 @@ def test_a_size_has_as_many_parameters_as_its_name_says(size, millions):
 
     shapes = jax.eval_shape(transformer(replace(JOB, size=size).config).init, jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6 == pytest.approx(millions, rel=0.02)
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
+def test_the_step_sends_little_more_than_it_must(axis, monkeypatch):
+    sizes = {"vocab_size": 64, "layers": 3, "width": 64, "max_length": 32}
+    for name, value in {"SIZES": sizes, "HEADS": 8, "FFN": 192, "LENGTH": 32}.items():
+        monkeypatch.setattr(scaling, name, value)
+    hlo, least = scaling.program(axis, 8)
+    moved = sum(times * scaling.sent(kind, size, group) for kind, size, group, times in scaling.collectives(hlo))
+    assert 0.99 * least[axis] < moved <= 1.25 * least[axis]
+
+
+HLO = """
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (carry: (s32[], f32[4,6])) -> (s32[], f32[4,6]) {
+  %gathered = f32[4,6]{1,0} all-gather(%x), replica_groups=[2,4]<=[8], dimensions={0}
+  %grad = (f32[2]{0}, /*index=1*/bf16[3]{0}) all-reduce(%y, %z), replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+
+ENTRY %main (p: f32[4,6]) -> f32[4,6] {
+  %loop = (s32[], f32[4,6]) while(%start), condition=%stop, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %part = f32[3]{0} reduce-scatter(%w), replica_groups=mesh['a'=2,'b'=3] {'b'}, dimensions={0}, to_apply=%add
+}
+"""
+
+
+def test_collectives_are_read_off_a_program():
+    found = list(scaling.collectives(HLO))
+    assert found == [("all-gather", 96, 4, 5), ("all-reduce", 14, 2, 5), ("reduce-scatter", 12, 3, 1)]
+    assert [scaling.sent(*each[:3]) for each in found] == [72, 14, 24]
+    with pytest.raises(ValueError, match="groups=new"):
+        scaling.group_size("all-gather(%x), groups=new")

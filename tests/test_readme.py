@@ -12,12 +12,16 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_python_example_runs_as_it_stands(capsys):
-    (program,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    exec(compile(program, "README.md", "exec"), {})
+def test_the_python_examples_run_as_they_stand(capsys):
+    one_device, mesh = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    names: dict[str, object] = {}
+    exec(compile(one_device, "README.md", "exec"), names)
     losses = [float(line) for line in capsys.readouterr().out.splitlines()]
     assert len(losses) == 3
     assert all(4 < loss < 8 for loss in losses)
+    exec(compile(mesh, "README.md", "exec"), names)
+    assert 4 < float(names["metrics"]["loss"]) < 8
+    assert dict(names["mesh"].shape) == {"data": 4, "fsdp": 2, "context": 1, "tensor": 1}
 
 
 def test_commands_links_and_files_are_there(monkeypatch):

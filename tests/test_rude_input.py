@@ -49,6 +49,10 @@ RUDE = [
     Rude("no run there", ("run folder", "config.json"), ("generate", "nowhere")),
     Rude("no run to report", ("run folder", "config.json"), ("report", "nowhere")),
     Rude("negative temperature", ("temperature", "-1"), ("generate", "out", "--temperature", "-1"), fresh=False),
+    Rude("a bucket that is not mounted", ("--out", "gs://"), ("run", "tiny.py", "--out", "gs://bucket/run")),
+    Rude("rows that the mesh cannot share", ("batch_size = 4", "= 8"), (*RUN, "--parallel.data", "8")),
+    Rude("more devices than there are", ("at most 8 devices",), (*RUN, "--parallel.tensor", "16")),
+    Rude("profile", ("10",), (*RUN, "--profile", "10")),
     Rude("run folder below a file", ("run folder", "written"), ("run", "tiny.py", "--out", "tiny.py/out")),
     Rude("run folder that nobody can write", ("run folder", "written"), ("run", "tiny.py", "--out", "/proc/lmlab")),
 ]

@@ -87,7 +87,9 @@ def constrain(x: Array, names: tuple[str | None, ...], rules: Rules = COMPUTED) 
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
 
 
-def sum_over_tokens(f: Callable[..., Any], *, own: bool = False, names: Any = None) -> Callable[..., Any]:
+def sum_over_tokens(
+    f: Callable[..., Any], *, own: bool = False, names: Any = None, divided: tuple[tuple[str, ...], ...] = ()
+) -> Callable[..., Any]:
     """`f(shared, *arrays_BT)` made of what each device finds in its own tokens; the sums it returns are added up.
 
     For sums whose terms the partitioner alone would add up over devices too often (the carry of a loop over tokens,
@@ -98,6 +100,8 @@ def sum_over_tokens(f: Callable[..., Any], *, own: bool = False, names: Any = No
         own: see `f`.
         names: logical axes of each sum, a tree like the sums; a device is left with what `STORED` gives it of them.
             None: all sums are whole on every device.
+        divided: logical axes of each array after [B, T]. Then `f` sees the parts of one device along `tensor` too.
+            Empty: the partitioner divides what `f` does along that axis.
     """
 
     def whole(shared: Any, *arrays: Array) -> Any:
@@ -106,39 +110,54 @@ def sum_over_tokens(f: Callable[..., Any], *, own: bool = False, names: Any = No
         part = tuple({"context"} & free_axes()) if length % axis_size("context") == 0 else ()
         if not rows + part:
             return f(shared, *arrays)
+        tensor = bool(divided) and _tensor_divides(arrays, divided)
         shapes = jax.eval_shape(f, shared, *arrays)
         shapes = shapes[0] if own else shapes
         given = jax.tree.map(lambda _: (), shapes) if names is None else names
-        places = jax.tree.map(lambda x, axes: _scattered(x.shape, axes, rows), shapes, given)
+        places = jax.tree.map(lambda x, axes: _scattered(x.shape, axes, rows, tensor), shapes, given)
 
         def local(shared: Any, *arrays: Array) -> Any:
             found = f(shared, *arrays)
             sums = jax.tree.map(partial(_add_up, axes=rows + part), found[0] if own else found, places)
             return (sums, found[1]) if own else sums
 
-        tokens = PartitionSpec(rows, part)
-        specs = jax.tree.map(lambda x, place: _spec_at(place), shapes, places)
+        inner = [spec(axes, COMPUTED) if tensor else () for axes in divided or ((),) * len(arrays)]
+        tokens = tuple(PartitionSpec(rows, part, *axes) for axes in inner)
+        specs = jax.tree.map(lambda x, axes, place: _kept(axes, place, tensor), shapes, given, places)
         return jax.shard_map(
-            local, in_specs=(PartitionSpec(), *(tokens for _ in arrays)), out_specs=(specs, tokens) if own else specs,
-            axis_names=set(rows + part), check_vma=False,
+            local, in_specs=(PartitionSpec(), *tokens), out_specs=(specs, tokens[0]) if own else specs,
+            axis_names={*rows, *part, *(["tensor"] if tensor else [])}, check_vma=False,
         )(shared, *arrays)  # fmt: skip
 
     return whole
 
 
-def _scattered(shape: tuple[int, ...], names: tuple[str, ...], rows: tuple[str, ...]) -> int:
+def _tensor_divides(arrays: tuple[Array, ...], divided: tuple[tuple[str, ...], ...]) -> bool:
+    """Whether the devices along `tensor` divide all axes that they are to divide."""
+    sizes = [
+        size
+        for array, axes in zip(arrays, divided, strict=True)
+        for size, name in zip(array.shape[2:], axes, strict=True)
+        if COMPUTED.get(name) == "tensor"
+    ]
+    return "tensor" in free_axes() and all(size % axis_size("tensor") == 0 for size in sizes)
+
+
+def _scattered(shape: tuple[int, ...], names: tuple[str, ...], rows: tuple[str, ...], tensor: bool) -> int:
     """The dimension of a sum that is stored in parts over `fsdp`; -1: none.
 
-    None on a mesh with `tensor` either: the partitioner would gather that axis first to scatter the other one.
+    None where the partitioner divides along `tensor`: it would gather that axis first to scatter the other one.
     """
-    if "tensor" in free_axes():
+    if "fsdp" not in rows or ("tensor" in free_axes() and not tensor):
         return -1
     found = [i for i, name in enumerate(names) if STORED.get(name) == "fsdp" and shape[i] % axis_size("fsdp") == 0]
-    return found[0] if found and "fsdp" in rows else -1
+    return found[0] if found else -1
 
 
-def _spec_at(place: int) -> PartitionSpec:
-    return PartitionSpec() if place < 0 else PartitionSpec(*(None,) * place, "fsdp")
+def _kept(names: tuple[str, ...], place: int, tensor: bool) -> PartitionSpec:
+    """What a device keeps of a sum, of the axes that are divided by hand."""
+    along = lambda i, name: "fsdp" if i == place else "tensor" if tensor and COMPUTED.get(name) == "tensor" else None
+    return PartitionSpec(*(along(i, name) for i, name in enumerate(names)))
 
 
 def _add_up(x: Array, place: int, axes: tuple[str, ...]) -> Array:

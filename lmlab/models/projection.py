@@ -72,9 +72,16 @@ def _project_backward(
     x, kernel = residuals
     slope = slope.astype(x.dtype)
     weights = constrain(kernel.astype(x.dtype), names)
-    outputs, leading = End(False, kernel.ndim - inputs), End(True, x.ndim - inputs)
+    outputs = End(False, kernel.ndim - inputs)
     x_slope = _dot(slope, outputs, weights, outputs)
-    kernel_slope = _dot(x, leading, slope, leading, jnp.float32)
+
+    def over_tokens(_: None, x: Array, slope: Array) -> Array:
+        leading = End(True, x.ndim - inputs)
+        return _dot(x, leading, slope, leading, jnp.float32)
+
+    if x.ndim == inputs + 2:  # [B, T, *ins]
+        over_tokens = sum_over_tokens(over_tokens, names=names, divided=(names[:inputs], names[inputs:]))
+    kernel_slope = over_tokens(None, x, slope)
     return x_slope, constrain(kernel_slope, names, STORED).astype(kernel.dtype)
 
 

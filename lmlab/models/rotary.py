@@ -36,8 +36,8 @@ def rotary_table(config: RotaryConfig, head_dim: int, positions_BT: Array) -> tu
 
 
 def rotate(x_BTNH: Array, table: tuple[Array, Array], pairs: str) -> Array:
-    """Turn each pair of the first R coordinates of every head by its angle; the rest pass."""
-    cos, sin = (part[:, :, None, :].astype(x_BTNH.dtype) for part in table)
+    """Turn each pair of the first R coordinates of every head by its angle, in float32; the rest pass."""
+    cos, sin = (part[:, :, None, :] for part in table)
     rotated = 2 * cos.shape[-1]
     x, rest = x_BTNH[..., :rotated], x_BTNH[..., rotated:]
     if pairs == "half":
@@ -46,4 +46,5 @@ def rotate(x_BTNH: Array, table: tuple[Array, Array], pairs: str) -> Array:
     else:
         a, b = x[..., 0::2], x[..., 1::2]
         turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)
+    turned = turned.astype(x_BTNH.dtype)
     return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned

@@ -218,7 +218,8 @@ def _verify(tree: Any, saved: Mapping[str, int]) -> None:
 
 @jax.jit
 def _digest_leaves(leaves: list[Array]) -> list[Array]:
-    return [_digest(leaf) for leaf in leaves]
+    # Some may wait in the memory of the host.
+    return [_digest(jax.device_put(leaf, jax.memory.Space.Device)) for leaf in leaves]
 
 
 def _digest(x: Array) -> Array:

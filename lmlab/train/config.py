@@ -1,6 +1,7 @@
 """Length, rhythm and seed of a run. Imports no JAX."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from lmlab.core.errors import check
 
@@ -17,6 +18,8 @@ class ParallelConfig:
     """Parts of every row (long sequences)."""
     tensor: int = 1
     """Parts of every layer: heads, feed-forward width, vocabulary (arXiv 1909.08053)."""
+    offload: Literal["none", "optimizer"] = "none"
+    """optimizer: moments (and master weights) wait in the memory of the host between updates (arXiv 2101.06840)."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

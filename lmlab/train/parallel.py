@@ -6,20 +6,23 @@ rows over (data, fsdp), and the compiler puts the collectives in. State goes in 
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lmlab.core.errors import UserError, check
 from lmlab.core.sharding import MESH_AXES, ROWS, STORED, Rules, spec
-from lmlab.core.types import Batch, Key, Params
+from lmlab.core.types import Batch, Key, Objective, Params
 from lmlab.optim.groups import is_names, path_name
 from lmlab.train.config import ParallelConfig
 from lmlab.train.state import State, new_state
-from lmlab.train.step import Step
+from lmlab.train.step import Metrics, Step, make_step
 
 
 def make_mesh(config: ParallelConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -34,8 +37,9 @@ def make_mesh(config: ParallelConfig, devices: list[jax.Device] | None = None) -
           f"a mesh of at most {len(found)} devices, those that JAX has found", "See lmlab doctor.")  # fmt: skip
     check(wanted == len(found) or jax.process_count() == 1, "parallel", " x ".join(map(str, shape)),
           f"a mesh of all {len(found)} devices of the job, since every process computes")  # fmt: skip
-    kinds = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=found[:wanted])
+    # Some slices of TPUs make some of these shapes only where an axis of the network may be split.
+    ordered = mesh_utils.create_device_mesh(shape, found[:wanted], allow_split_physical_axes=True)
+    return Mesh(ordered, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 class Placed(NamedTuple):
@@ -128,43 +132,102 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 
 
 class Share(NamedTuple):
-    """The part of a global batch that this process feeds: part `host` of `hosts` equal parts, in order."""
+    """The part of a global batch that this process feeds: part `host` of `hosts` equal parts."""
 
     host: int
     hosts: int
 
 
 def row_share(mesh: Mesh) -> Share:
-    """Which rows the devices of this process hold. Processes that hold the same rows get the same share.
+    """Which part of the rows this process feeds. Processes whose devices hold the same rows have the same share.
 
-    Raises `UserError` where they do not hold one block of them.
+    Raises `UserError` where what two processes hold overlaps in part.
     """
-    shards = math.prod(mesh.shape[axis] for axis in ROWS)
-    by_device = row_sharding(mesh).addressable_devices_indices_map((shards,))
-    held = sorted({cut[0].indices(shards)[0] for cut in by_device.values() if cut})
-    block = len(held)
-    fits = held == list(range(held[0], held[0] + block)) and held[0] % block == 0 and shards % block == 0
-    check(fits, "parallel", dict(mesh.shape), "a mesh in which each process holds neighbouring rows of the batch",
-          "Let data x fsdp be a multiple of the processes.")  # fmt: skip
-    return Share(held[0] // block, shards // block)
+    held: dict[int, set[int]] = {}
+    for device, start in _shards(mesh).items():
+        held.setdefault(device.process_index, set()).add(start)
+    parts = sorted({tuple(sorted(starts)) for starts in held.values()})
+    fits = len({len(part) for part in parts}) == 1 and sum(map(len, parts)) == math.prod(mesh.shape[a] for a in ROWS)
+    check(fits, "parallel", dict(mesh.shape), "a mesh in which two processes hold the same rows of a batch, or none",
+          "Let context x tensor divide the devices of a process, or the processes divide it.")  # fmt: skip
+    return Share(parts.index(tuple(sorted(held[jax.process_index()]))), len(parts))
+
+
+def _shards(mesh: Mesh) -> dict[jax.Device, int]:
+    """Which of the data x fsdp parts of the rows each device holds."""
+    count = math.prod(mesh.shape[axis] for axis in ROWS)
+    places = row_sharding(mesh).devices_indices_map((count,))
+    return {device: cut[0].indices(count)[0] for device, cut in places.items() if cut}
 
 
 def place_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """The global batch from the rows of this process (its `row_share`), without a copy on any other device."""
-    sharding = row_sharding(mesh)
-    count = row_share(mesh).hosts
+    """The global batch from the rows of this process (its `row_share`); no other row passes through it."""
+    sharding, shards = row_sharding(mesh), _shards(mesh)
+    mine = sorted({start for device, start in shards.items() if device.process_index == jax.process_index()})
 
     def place(x: Any) -> jax.Array:
         x = np.asarray(x)
-        return jax.make_array_from_process_local_data(sharding, x, (x.shape[0] * count, *x.shape[1:]))
+        size = len(x) // len(mine)
+        # The devices of a process need not hold neighbouring rows: its rows go to them in the order of the shards.
+        begins = {start * size: place * size for place, start in enumerate(mine)}
+        rows = lambda index: x[begins[index[0].start or 0] :][:size]
+        return jax.make_array_from_callback((size * len(set(shards.values())), *x.shape[1:]), sharding, rows)
 
     return jax.tree.map(place, batch)
+
+
+HOST = "pinned_host"
+"""The memory of the host that devices read and write by themselves."""
+
+
+def offloaded(shardings: State) -> State:
+    """The same shardings, with the optimiser state in the memory of the host.
+
+    Raises `UserError` where the devices have no way to it.
+    """
+    device = jax.tree.leaves(shardings)[0].mesh.devices.flat[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    check(HOST in kinds, "parallel.offload", "optimizer", f"devices that reach {HOST} memory; {device.device_kind} has "
+          f"{', '.join(kinds)}", "Use none.")  # fmt: skip
+    return replace(shardings, opt_state=jax.tree.map(lambda x: x.with_memory_kind(HOST), shardings.opt_state))
 
 
 def placed_step(step: Step, shardings: State) -> Step:
     """The step as one program over the mesh of `shardings`: state pinned and donated, metrics on every device."""
     mesh = jax.tree.leaves(shardings)[0].mesh
     whole = NamedSharding(mesh, PartitionSpec())
+
+    def near(state: State, batch: Batch) -> tuple[State, Metrics]:
+        """The step, with what waits in the memory of the host brought to the devices."""
+        return step(replace(state, opt_state=jax.device_put(state.opt_state, jax.memory.Space.Device)), batch)
+
+    far = any(place.memory_kind == HOST for place in jax.tree.leaves(shardings.opt_state))
     return jax.jit(
-        step, in_shardings=(shardings, row_sharding(mesh)), out_shardings=(shardings, whole), donate_argnums=0
-    )
+        near if far else step, in_shardings=(shardings, row_sharding(mesh)), out_shardings=(shardings, whole),
+        donate_argnums=0,
+    )  # fmt: skip
+
+
+REPLICAS = "replicas"
+"""The axis that `pmapped_step` maps over."""
+
+
+def pmapped_step(objective: Objective, tx: optax.GradientTransformation, microbatches: int = 1) -> Step:
+    """The same step under `jax.pmap`: whole copies of the state, the gradient summed by a `psum` over the devices.
+
+    Takes `replicate(state)` and `deal_rows(batch)`. An objective that draws random numbers draws the same ones on
+    every replica.
+    """
+    add_up = lambda sums: jax.lax.psum(sums, REPLICAS)
+    step = make_step(objective, tx, microbatches=microbatches, reduce=add_up)
+    return jax.pmap(step, axis_name=REPLICAS, donate_argnums=0)
+
+
+def replicate(state: State, replicas: int) -> State:
+    """The state with a first axis of equal copies."""
+    return jax.tree.map(lambda x: jnp.stack([x] * replicas), state)
+
+
+def deal_rows(batch: Batch, replicas: int) -> Batch:
+    """[B, ...] -> [replicas, B / replicas, ...]."""
+    return jax.tree.map(lambda x: x.reshape(replicas, -1, *x.shape[1:]), batch)
