@@ -91,10 +91,11 @@ def compile_apart(config: Pretrain, shape: Mapping[str, int], chip: str, compile
         raise UserError("compiler", compiler, f"a program that compiles within {timeout:.0f} s",
                         "Use --compiler none for the estimate alone.") from None  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"compiler"')]
+    if refused := re.search("RESOURCE_EXHAUSTED: (.*)", done.stderr):
+        return Compiled(target or "cpu", 0, 0, 0, {}, refused[1].strip())
     if done.returncode or not lines:
-        reason = next(
-            (x for x in reversed(done.stderr.splitlines()) if re.search("rror|RESOURCE", x)), "no reason given"
-        )
+        reasons = [line for line in done.stderr.splitlines() if "rror" in line]
+        reason = reasons[-1] if reasons else "no reason given"
         raise UserError("compiler", compiler, "a program that compiles", reason.strip()[:400])
     found = json.loads(lines[-1])
     return Compiled(**found | {"collectives": {k: tuple(v) for k, v in found["collectives"].items()}})

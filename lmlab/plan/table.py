@@ -12,8 +12,8 @@ from lmlab.train.device import Chip
 from lmlab.train.parallel import Placed
 
 TIGHT, TIGHT_ESTIMATE = 0.95, 0.7
-"""Share of a chip's memory above which a plan is called tight, by what the compiler or the estimate says of it.
-Compilers lay buffers out with holes and keep what the estimate takes to be fused."""
+"""Share of a chip's memory above which a plan is called tight, by what the compiler or the estimate says of it: compilers
+lay buffers out with holes, and runtimes keep some memory for themselves."""
 
 
 def gib(size: float) -> str:
@@ -52,7 +52,9 @@ def memory_lines(memory: Memory, compiled: Compiled | None, chip: Chip, name: st
     tight = TIGHT if trusted else TIGHT_ESTIMATE
     verdict = "DOES NOT FIT" if share > 1 or (compiled and compiled.refusal) else "tight" if share > tight else "fits"
     if not trusted:
-        lines.append("(an estimate of what is alive at once; compilers took up to two fifths more in what was tried)")
+        lines.append(
+            "(an estimate of what is alive at once; compilers took 0.6 to 1.4 times as much in what was tried)"
+        )
     return [*lines, f"{verdict}: {gib(total)} of the {gib(chip.memory)} of a {name} ({share:.0%})"]
 
 

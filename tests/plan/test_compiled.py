@@ -98,12 +98,15 @@ def test_what_cannot_be_compiled_is_told_in_one_line():
 
 
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed")
-def test_the_tpu_compiler_agrees_with_the_estimate_without_a_tpu():
+def test_the_tpu_compiler_agrees_with_what_is_stored_and_with_the_size_of_the_rest():
+    """It keeps less than the estimate says where layers keep everything, and more where weights are brought together:
+    0.6 to 1.4 times in what was tried, so that the estimate alone tells a factor, not a tenth."""
     config, mesh = tiny(data=DataConfig(length=512, batch_size=64)), shape(1, 4, 1, 2)
-    found = compile_apart(config, mesh, "v5e", "tpu", 600)
+    found, estimate = compile_apart(config, mesh, "v5e", "tpu", 600), predict(config, mesh, "tpu", "TPU v5 lite")
     assert found.compiler == "v5e:2x4"
     assert not found.refusal
-    assert found.total == pytest.approx(predict(config, mesh, "tpu", "TPU v5 lite").total, rel=0.35)
+    assert found.arguments == pytest.approx(estimate.parameters + estimate.optimizer + estimate.batch, rel=0.02)
+    assert 0.5 < found.total / estimate.total < 2
 
 
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed")
