@@ -12,8 +12,8 @@ from lmlab.train.device import Chip
 from lmlab.train.parallel import Placed
 
 TIGHT, TIGHT_ESTIMATE = 0.95, 0.7
-"""Share of a chip's memory above which a plan is called tight, by what the compiler or the estimate says of it: compilers
-lay buffers out with holes, and runtimes keep some memory for themselves."""
+"""Share of a chip's memory above which a plan is called tight, by what the compiler or the estimate says of it:
+compilers lay buffers out with holes, and runtimes keep some memory for themselves."""
 
 
 def gib(size: float) -> str:
@@ -53,7 +53,7 @@ def memory_lines(memory: Memory, compiled: Compiled | None, chip: Chip, name: st
     verdict = "DOES NOT FIT" if share > 1 or (compiled and compiled.refusal) else "tight" if share > tight else "fits"
     if not trusted:
         lines.append(
-            "(an estimate of what is alive at once; compilers took 0.6 to 1.4 times as much in what was tried)"
+            "(an estimate of what is alive at once; compilers took 0.6 to 1.4 times that where tried)"
         )
     return [*lines, f"{verdict}: {gib(total)} of the {gib(chip.memory)} of a {name} ({share:.0%})"]
 

@@ -105,7 +105,8 @@ def test_the_tpu_compiler_agrees_with_what_is_stored_and_with_the_size_of_the_re
     found, estimate = compile_apart(config, mesh, "v5e", "tpu", 600), predict(config, mesh, "tpu", "TPU v5 lite")
     assert found.compiler == "v5e:2x4"
     assert not found.refusal
-    assert found.arguments == pytest.approx(estimate.parameters + estimate.optimizer + estimate.batch, rel=0.02)
+    stored = estimate.parameters + estimate.optimizer + estimate.batch
+    assert stored <= found.arguments <= 1.1 * stored, "a TPU pads arrays to tiles"
     assert 0.5 < found.total / estimate.total < 2
 
 
