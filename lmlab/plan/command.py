@@ -59,7 +59,8 @@ def ready(config: Pretrain, shape: Mapping[str, int]) -> Pretrain:
     """The recipe for that mesh, with its vocabulary; layers in a scan, so that compiling does not grow with depth."""
     config = with_known_vocabulary(config)
     execution = replace(config.model.execution, unroll=1)
-    return replace(config, model=replace(config.model, execution=execution), parallel=ParallelConfig(**shape))
+    parallel = replace(config.parallel, **shape)
+    return replace(config, model=replace(config.model, execution=execution), parallel=parallel)
 
 
 def plan(config: Pretrain, mesh: str, chip_name: str, compiler: str, mfu: float) -> str:
@@ -83,7 +84,9 @@ def plan(config: Pretrain, mesh: str, chip_name: str, compiler: str, mfu: float)
         "",
         *memory_lines(memory, compiled, chip, chip_name),
     ]
-    if lines[-1].startswith("DOES NOT FIT"):
+    if config.parallel.offload != "none":
+        lines.append("(parallel.offload is not counted: the optimizer's state is taken to stay on the device)")
+    if "DOES NOT FIT" in lines[-1] + lines[-2]:
         lines += advice(memory, config, shape)
     lines += ["", *speed_lines(times, mfu, devices)]
     return "\n".join(lines + (["", *collective_lines(compiled)] if compiled else []))

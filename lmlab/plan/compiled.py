@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -107,11 +107,10 @@ def compile_here(config: Pretrain, shape: Mapping[str, int], topology: str) -> d
     from jax.experimental import topologies
 
     from lmlab.plan.memory import batch_shapes, train_step
-    from lmlab.train.config import ParallelConfig
     from lmlab.train.parallel import make_mesh, param_shardings, placed_step, state_shardings
 
     devices = list(topologies.get_topology_desc(topology, platform="tpu").devices) if topology else jax.devices()
-    mesh = make_mesh(ParallelConfig(**shape), devices)
+    mesh = make_mesh(replace(config.parallel, **shape), devices)
     # Before the mesh is set: nothing can be computed on devices that are not there, not even a constant.
     lm, state, step = train_step(config)
     with jax.set_mesh(mesh):

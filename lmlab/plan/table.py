@@ -52,9 +52,7 @@ def memory_lines(memory: Memory, compiled: Compiled | None, chip: Chip, name: st
     tight = TIGHT if trusted else TIGHT_ESTIMATE
     verdict = "DOES NOT FIT" if share > 1 or (compiled and compiled.refusal) else "tight" if share > tight else "fits"
     if not trusted:
-        lines.append(
-            "(an estimate of what is alive at once; compilers took 0.6 to 1.4 times that where tried)"
-        )
+        lines.append("(an estimate of what is alive at once; compilers took 0.6 to 1.4 times that where tried)")
     return [*lines, f"{verdict}: {gib(total)} of the {gib(chip.memory)} of a {name} ({share:.0%})"]
 
 
