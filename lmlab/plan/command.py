@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -59,7 +60,8 @@ def ready(config: Pretrain, shape: Mapping[str, int]) -> Pretrain:
     """The recipe for that mesh, with its vocabulary; layers in a scan, so that compiling does not grow with depth."""
     config = with_known_vocabulary(config)
     execution = replace(config.model.execution, unroll=1)
-    parallel = replace(config.parallel, **shape)
+    sizes: dict[str, Any] = dict(shape)
+    parallel = replace(config.parallel, **sizes)
     return replace(config, model=replace(config.model, execution=execution), parallel=parallel)
 
 

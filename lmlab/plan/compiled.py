@@ -110,7 +110,8 @@ def compile_here(config: Pretrain, shape: Mapping[str, int], topology: str) -> d
     from lmlab.train.parallel import make_mesh, param_shardings, placed_step, state_shardings
 
     devices = list(topologies.get_topology_desc(topology, platform="tpu").devices) if topology else jax.devices()
-    mesh = make_mesh(replace(config.parallel, **shape), devices)
+    sizes: dict[str, Any] = dict(shape)
+    mesh = make_mesh(replace(config.parallel, **sizes), devices)
     # Before the mesh is set: nothing can be computed on devices that are not there, not even a constant.
     lm, state, step = train_step(config)
     with jax.set_mesh(mesh):
