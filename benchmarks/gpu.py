@@ -6,7 +6,7 @@ what was chosen for it). Every arm is a process of its own and has the card alon
 the other. Without --batch an arm starts with a batch of its size and halves it until it fits. Steps are timed in
 blocks of five without a stop in between; the table shows the median block. MFU counts the flops of
 `lmlab.models.flops` (causal attention once, recomputation not at all) against the dense peak of
-`lmlab.train.device.PEAK_TFLOPS`, for both arms alike. The PyTorch arm is left out, and a line says so, where torch
+`lmlab.train.device.CHIPS`, for both arms alike. The PyTorch arm is left out, and a line says so, where torch
 with CUDA is not installed.
 
 No GPU was at hand when this was written: no number has been read with it yet. `--toy` runs the same code at toy size

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -64,8 +64,31 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """Tell what a recipe needs and how long a step takes on devices that are not there; nothing is computed."""
+
+    recipe: tyro.conf.Positional[str]
+    """A Python file with a function recipe(), or the name of one in ./configs."""
+    mesh: str = ""
+    """DATAxFSDPxTENSOR or DATAxFSDPxCONTEXTxTENSOR, such as 8x4x2; empty: the recipe's."""
+    chip: str = "v5e"
+    """v4, v5e, v5p, v6e, a100, h100 or h200."""
+    compiler: Literal["auto", "tpu", "cpu", "none"] = "auto"
+    """tpu: libtpu compiles the step for the chip; cpu: this machine's compiler; none: the estimate alone; auto: tpu
+    where libtpu is installed and makes programs for the chip, else none."""
+    mfu: float = 0.4
+    """Share of the peak that the step is assumed to reach while it computes."""
+    config: Annotated[Pretrain, tyro.conf.arg(name="")] = field(default_factory=Pretrain)
+
+
+@dataclass(frozen=True)
 class Doctor:
     """Tell what this machine has: versions, devices, caches, and whether a computation works."""
+
+    config: str = ""
+    """A recipe: tell instead where its parameters lie on a mesh, which does not have to be there."""
+    mesh: str = ""
+    """DATAxFSDPxTENSOR or DATAxFSDPxCONTEXTxTENSOR, such as 8x4x2; empty: the recipe's."""
 
 
 def run(args: Run) -> int:
@@ -122,8 +145,34 @@ def report(args: Report) -> int:
     return 0
 
 
+def plan(args: Plan) -> int:
+    """Print the plan. The devices of this machine are not touched: shapes are traced on its CPU."""
+    import os
+
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from lmlab.plan.command import plan
+
+    print(plan(args.config, args.mesh, args.chip, args.compiler, args.mfu))
+    return 0
+
+
+def shardings(args: Doctor) -> int:
+    """Print where the parameters of a recipe lie."""
+    import os
+
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from lmlab.plan.command import shardings
+
+    print(shardings(load_recipe(args.config)[1], args.mesh))
+    return 0
+
+
 def doctor(args: Doctor) -> int:
-    """Print versions and devices, and try a matmul on each device."""
+    """Print versions and devices, and try a matmul on each device; or, of a recipe, the table of shardings."""
+    if args.config:
+        return shardings(args)
+    if args.mesh:
+        raise UserError("mesh", args.mesh, "a recipe beside it", "Add --config RECIPE.")
     import time
 
     import jax
@@ -133,7 +182,6 @@ def doctor(args: Doctor) -> int:
     from lmlab.report.environment import describe_environment
     from lmlab.train.device import peak_flops
 
-    del args
     for name, value in describe_environment().items():
         print(f"{name:20s} {value}")
     print(f"{'cache':20s} {cache_folder()}")
@@ -157,6 +205,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "generate": (Generate, generate),
     "eval": (Eval, evaluate),
     "report": (Report, report),
+    "plan": (Plan, plan),
     "doctor": (Doctor, doctor),
 }
 
@@ -200,8 +249,8 @@ def _dispatch(words: list[str]) -> int:
         raise UserError("command", words[0], f"one of {', '.join(COMMANDS)}", hint)
     kind, command = COMMANDS[words[0]]
     default = None
-    if kind is Run and len(words) > 1 and not words[1].startswith("-"):
-        default = Run(words[1], config=load_recipe(words[1])[1])
+    if kind in (Run, Plan) and len(words) > 1 and not words[1].startswith("-"):
+        default = kind(words[1], config=load_recipe(words[1])[1])
     args = _parse(kind, words, default)
     if kind is not Report:
         from lmlab.core.runtime import prepare

@@ -23,7 +23,7 @@ ALLOWED = {
     "report": {"core"},
 }
 """What the modules of a package may import of lmlab besides their own package; all may read the version."""
-FREE = {"cli", "pretrain", "recipe", "runs"}
+FREE = {"cli", "plan", "pretrain", "recipe", "runs"}
 """Modules that put the parts together, and import any of them; nothing but `testing` and they import them."""
 LIGHT = re.compile(r"^lmlab(\.cli|\.recipe|\.core\.errors|\.core\.serialize|(\.\w+)*\.config)$")
 """Modules that the command line loads to print its help."""
