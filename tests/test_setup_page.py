@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "TPU_SETUP.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
 
-WAITING = ("plan", "--config")
+WAITING: tuple[str, ...] = ()
 """Commands and options of the page that lmlab is still to get."""
 
 SHELL = set(
