@@ -10,7 +10,7 @@ What is assumed of the compiler, and nothing else:
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jax.extend import core as jex
@@ -121,11 +121,19 @@ def _values(found: Sequence[Value | None]) -> set[Value]:
 def _body(node: Node) -> list[Buffer]:
     """Buffers of one turn of a loop, or of what one device does under `shard_map`."""
     if node.name == "scan":
-        return buffers_of(node.params["jaxpr"].jaxpr, Loop(node.params["num_consts"], node.params["num_carry"]))
+        return buffers_of(node.params["jaxpr"].jaxpr, _loop(node.params))
     if node.name in ("while", "shard_map"):
         inner = node.params.get("body_jaxpr") or node.params["jaxpr"]
         return buffers_of(getattr(inner, "jaxpr", inner), donated=True)
     return []
+
+
+def _loop(params: Mapping[str, Any]) -> "Loop":
+    """What a scan is given, before and after JAX 0.11."""
+    if "ft_in" not in params:
+        return Loop(params["num_consts"], params["num_carry"])
+    constants, carry, _ = params["ft_in"].unpack()
+    return Loop(len(constants), len(carry))
 
 
 def _flatten(jaxpr: Any) -> tuple[list[Value], list[Node], list[Value | None]]:

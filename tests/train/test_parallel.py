@@ -50,12 +50,11 @@ def test_the_compiler_gathers_nothing_to_change_its_place(sizes, compiled_anew, 
 
 
 def test_the_compiler_would_say_so(compiled_anew, capfd):
-    """The plain look-up in a table that is divided both ways is what `look_up` is there to avoid."""
+    """A change of place that it cannot make without gathering."""
     mesh = parallel.make_mesh(ParallelConfig(2, 2, 1, 2))
     put = lambda x, *axes: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
-    rows = ("data", "fsdp")
-    plain = lambda table, ids: put(jnp.take(put(table, "tensor", "fsdp"), put(ids, rows), axis=0), rows, None, None)
-    jax.jit(plain).lower(jnp.ones((64, 32)), jnp.zeros((8, 4), int)).compile()
+    moved = lambda x: put(put(x, "data", None).reshape(16, 8, 8), None, None, ("tensor", "data"))
+    jax.jit(moved).lower(jnp.ones((64, 16))).compile()
     assert INVOLUNTARY in capfd.readouterr().err
 
 
