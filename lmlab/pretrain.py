@@ -99,10 +99,10 @@ def pretrain(config: Pretrain, folder: Path, profile: tuple[int, int] | None = N
     run was begun on. profile: first and last step to trace; it changes nothing that is computed, and is no part of
     the recipe. Raises `UserError` for input that cannot be used; nothing that was written before is lost.
     """
+    mesh = make_mesh(config.parallel)
+    check_rows(mesh, config.data.batch_size, config.train.microbatches)
     with ExitStack() as stack:
         first_does(lambda: stack.enter_context(open_run(folder)))
-        mesh = make_mesh(config.parallel)
-        check_rows(mesh, config.data.batch_size, config.train.microbatches)
         stack.enter_context(jax.set_mesh(mesh))
         data = all_do(lambda: open_data(config.data, lookahead=1, **row_share(mesh)._asdict()))
         config = replace(config, model=with_vocabulary(config.model, data.tokenizer))
