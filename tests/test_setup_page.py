@@ -20,9 +20,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "TPU_SETUP.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
 
-WAITING: tuple[str, ...] = ()
-"""Commands and options of the page that lmlab is still to get."""
-
 SHELL = set(
     shlex.split(
         ". [ break case cd command curl done echo esac exit export fi flock gcsfuse git mountpoint pkill rm scontrol "
@@ -104,19 +101,6 @@ ALL = [command for block in BLOCKS for command in commands(block)]
 OURS = [command for command in ALL if program(command) == "lmlab"]
 
 
-def waits(words: list[str]) -> bool:
-    return any(word in WAITING for word in words)
-
-
-def without_waiting(words: list[str]) -> list[str]:
-    """The words less the options, and their values, that are still to come."""
-    kept = list(words)
-    for name in [name for name in WAITING if name in kept and name.startswith("--")]:
-        place = kept.index(name)
-        del kept[place : place + 2]
-    return kept
-
-
 def label(command: Command) -> str:
     return " ".join(command.words)[:60]
 
@@ -151,9 +135,7 @@ def test_make_has_its_targets():
 
 @pytest.mark.parametrize("command", OURS, ids=label)
 def test_lmlab_accepts_every_command(command, monkeypatch):
-    words = without_waiting(command.words[1:])
-    if waits(words):
-        pytest.skip("lmlab is still to get this command")
+    words = command.words[1:]
     monkeypatch.chdir(ROOT)
     seen = []
     for name, (kind, _) in cli.COMMANDS.items():
@@ -161,20 +143,6 @@ def test_lmlab_accepts_every_command(command, monkeypatch):
     assert cli.main(words) == 0
     for config in [args.config for args in seen if isinstance(args, cli.Run)]:
         assert config.data.batch_size % (max(config.parallel.data, 1) * config.parallel.fsdp) == 0
-
-
-@pytest.mark.parametrize("name", WAITING)
-def test_nothing_waits_that_is_there(name, monkeypatch):
-    uses = [command.words[1:] for command in OURS if name in command.words]
-    assert uses
-    monkeypatch.chdir(ROOT)
-    for kind, (args, _) in cli.COMMANDS.items():
-        monkeypatch.setitem(cli.COMMANDS, kind, (args, lambda args: 0))
-    try:
-        code = cli.main(uses[0])
-    except SystemExit as exit:
-        code = exit.code
-    assert code == 2, f"lmlab has {name}: take it from WAITING"
 
 
 SMALL = """
@@ -207,7 +175,7 @@ def test_what_needs_no_cloud_runs_on_fake_devices(tmp_path, monkeypatch, capsys)
     for command in OURS:
         words = command.words[1:]
         # The compiler that a plan asks is the TPU's, which is not installed everywhere.
-        if command.remote or waits(words) or "--hosts.address" in words or words[0] == "plan":
+        if command.remote or "--hosts.address" in words or words[0] == "plan":
             continue
         assert cli.main(words) == 0, f"{words}: {capsys.readouterr().err}"
         ran.append(words[0])
