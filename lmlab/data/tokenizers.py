@@ -27,9 +27,16 @@ class TextTokenizer:
     vocab_size: int
     """V."""
     end_id: int
-    """The token before and after every document."""
+    """The token before and after every document that a model is pre-trained on."""
+    begin_ids: tuple[int, ...]
+    """What comes before a text that a model is to continue or to score."""
+    end_ids: tuple[int, ...]
+    """Tokens each of which ends what a model writes."""
     encode_batch: Callable[[Sequence[str]], list[np.ndarray]]
     """Texts to int32 ids, without markers; runs on all cores where the library does."""
+    encode_marked: Callable[[str], tuple[np.ndarray, np.ndarray]]
+    """A text in which special tokens are spelled out (a rendered chat) to those tokens and the rest: int32 ids [T], and
+    [T, 2] the characters of the text that each stands for, from and to."""
     decode: Callable[[Iterable[int]], str]
     """Ids to text: special tokens vanish, bytes that are not UTF-8 become U+FFFD."""
     token_bytes_V: np.ndarray
@@ -75,14 +82,22 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
         record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise UserError("tokenizer", str(folder), f"a folder with a saved tokenizer ({_RECORD})") from error
-    return byte_tokenizer() if record["kind"] == "bytes" else _from_file(folder / _MODEL, record["end_token"])
+    if record["kind"] == "bytes":
+        return byte_tokenizer()
+    # Records of the first runs do not have them.
+    begin_ids, end_ids = (tuple(record[name]) if name in record else None for name in ("begin_ids", "end_ids"))
+    return wrap_tokenizer(_read(folder / _MODEL), record["end_token"], begin_ids, end_ids)
 
 
 def byte_tokenizer() -> TextTokenizer:
-    """UTF-8 bytes as ids 0 to 255; 256 ends a document."""
+    """UTF-8 bytes as ids 0 to 255; 256 ends a document. It has no special tokens that a text could spell."""
 
     def encode_batch(texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+
+    def encode_marked(text: str) -> tuple[np.ndarray, np.ndarray]:
+        starts = np.repeat(np.arange(len(text)), [len(letter.encode()) for letter in text])
+        return encode_batch([text])[0], np.stack([starts, starts + 1], axis=1)
 
     def decode(ids: Iterable[int]) -> str:
         return bytes(int(i) for i in ids if i < 256).decode(errors="replace")
@@ -91,40 +106,59 @@ def byte_tokenizer() -> TextTokenizer:
         (folder / _RECORD).write_text(json.dumps({"kind": "bytes"}), encoding="utf-8")
 
     token_bytes_V = np.append(np.ones(256, np.float32), np.float32(0))
-    return TextTokenizer(257, 256, encode_batch, decode, token_bytes_V, "bytes-1", save)
+    return TextTokenizer(
+        257, 256, (256,), (256,), encode_batch, encode_marked, decode, token_bytes_V, "bytes-1", save
+    )  # fmt: skip
 
 
-def _from_file(path: Path, end_token: str) -> TextTokenizer:
-    """A tokenizer.json as a `TextTokenizer`.
+def wrap_tokenizer(
+    model: tokenizers.Tokenizer, end_token: str, begin_ids: tuple[int, ...] | None = None,
+    end_ids: tuple[int, ...] | None = None,
+) -> TextTokenizer:  # fmt: skip
+    """A tokenizer of the library as a `TextTokenizer`.
+
+    end_token: ends a document; it must be in the vocabulary. begin_ids, end_ids: see there; default: the end token.
 
     The library finds the names of special tokens in the text itself unless `encode_special_tokens` is set,
     and never those of tokens that are added but not special; the end token is therefore made special first.
     """
-    model = _read(path)
-    end_token, end_id = _find_end_token(model, end_token, path)
     model.add_special_tokens([tokenizers.AddedToken(end_token, special=True, normalized=False)])
-    model.encode_special_tokens = True
     model.no_truncation()
     model.no_padding()
+    end_id = model.get_vocab(with_added_tokens=True)[end_token]
+    begin, ends = (end_id,) if begin_ids is None else begin_ids, end_ids or (end_id,)
     serialised = model.to_str()
+    marked = tokenizers.Tokenizer.from_str(serialised)
+    model.encode_special_tokens = True
 
     def encode_batch(texts: Sequence[str]) -> list[np.ndarray]:
         encodings = model.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
+    def encode_marked(text: str) -> tuple[np.ndarray, np.ndarray]:
+        encoding = marked.encode(text, add_special_tokens=False)
+        return np.asarray(encoding.ids, np.int32), np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+
     def decode(ids: Iterable[int]) -> str:
         return model.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    record = {"kind": "tokenizer.json", "end_token": end_token, "begin_ids": begin, "end_ids": ends}
+
     def save(folder: Path) -> None:
         (folder / _MODEL).write_text(serialised, encoding="utf-8")
-        record = {"kind": "tokenizer.json", "end_token": end_token}
         (folder / _RECORD).write_text(json.dumps(record), encoding="utf-8")
 
     vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
     fingerprint = hashlib.blake2b(f"{end_token}\n{serialised}".encode(), digest_size=16).hexdigest()
     return TextTokenizer(
-        vocab_size, end_id, encode_batch, decode, _token_bytes(model, vocab_size), fingerprint, save
+        vocab_size, end_id, begin, ends, encode_batch, encode_marked, decode, _token_bytes(model, vocab_size),
+        fingerprint, save,
     )  # fmt: skip
+
+
+def _from_file(path: Path, end_token: str) -> TextTokenizer:
+    model = _read(path)
+    return wrap_tokenizer(model, _find_end_token(model, end_token, path))
 
 
 def _read(path: Path) -> tokenizers.Tokenizer:
@@ -139,10 +173,10 @@ def _read(path: Path) -> tokenizers.Tokenizer:
         ) from error  # fmt: skip
 
 
-def _find_end_token(model: tokenizers.Tokenizer, wanted: str, path: Path) -> tuple[str, int]:
+def _find_end_token(model: tokenizers.Tokenizer, wanted: str, path: Path) -> str:
     for name in (wanted,) if wanted else END_TOKENS:
-        if (found := model.token_to_id(name)) is not None:
-            return name, found
+        if model.token_to_id(name) is not None:
+            return name
     special = sorted(t.content for t in model.get_added_tokens_decoder().values() if t.special)
     raise UserError(
         "data.tokenizer.end_token", wanted, f"a token of {path}",

@@ -64,7 +64,7 @@ def prefill(lm: LM, params: Params, tokens_BT: Array, length_B: Array, room: int
 
 @partial(jax.jit, static_argnums=(0, 3, 4, 5), donate_argnums=2)
 def decode(
-    lm: LM, params: Params, state: Decoding, config: SamplingConfig, end_id: int | None, steps: int
+    lm: LM, params: Params, state: Decoding, config: SamplingConfig, end_ids: tuple[int, ...], steps: int
 ) -> tuple[Decoding, Array, Array]:
     """Draw up to `steps` tokens a row; stops early when all rows are done.
 
@@ -78,7 +78,7 @@ def decode(
         keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys_B, state.drawn)
         token_B = jax.vmap(jax.random.categorical)(keys_B, filter_logits(state.logits_BV, config))
         logprob_B = jax.nn.log_softmax(state.logits_BV)[jnp.arange(batch), token_B]
-        done_B = state.done_B if end_id is None else state.done_B | (token_B == end_id)
+        done_B = state.done_B | jnp.isin(token_B, jnp.asarray(end_ids, jnp.int32))
         tokens_BS = tokens_BS.at[:, i].set(jnp.where(done_B, -1, token_B))
         logprobs_BS = logprobs_BS.at[:, i].set(jnp.where(done_B, 0, logprob_B))
         done_B |= state.drawn + 1 >= state.limit_B
@@ -97,11 +97,11 @@ def decode(
 
 def sample(
     lm: LM, params: Params, prompts: Sequence[np.ndarray], key: Key, config: SamplingConfig, *,
-    end_id: int | None = None, stopped: Callable[[np.ndarray], int | None] = lambda tokens: None,
+    end_ids: tuple[int, ...] = (), stopped: Callable[[np.ndarray], int | None] = lambda tokens: None,
 ) -> list[Sample]:  # fmt: skip
     """Continue each prompt (int32 [n], n >= 1) by up to `config.max_new_tokens` tokens.
 
-    end_id: the token that ends a sample. stopped: given the tokens drawn for a row so far, how many of them to
+    end_ids: tokens each of which ends a sample. stopped: given the tokens drawn for a row so far, how many of them to
     keep if the row is to stop (a stop text came), else None; asked every `STRIDE` tokens.
     Row i is drawn with fold_in(key, i). A row that fills the context ends there. Raises `UserError` for no prompt,
     an empty one, one that fills the context by itself, or tokens outside the vocabulary.
@@ -125,11 +125,11 @@ def sample(
     done_B = jnp.zeros(len(prompts), bool)
     limit_B = jnp.asarray(limits, jnp.int32)
     state = Decoding(cache, logits_BV, keys_B, done_B, limit_B, jnp.zeros((), jnp.int32))
-    return _draw_all(lm, params, state, config, end_id, stopped, limits)
+    return _draw_all(lm, params, state, config, end_ids, stopped, limits)
 
 
 def _draw_all(
-    lm: LM, params: Params, state: Decoding, config: SamplingConfig, end_id: int | None,
+    lm: LM, params: Params, state: Decoding, config: SamplingConfig, end_ids: tuple[int, ...],
     stopped: Callable[[np.ndarray], int | None], limits: Sequence[int],
 ) -> list[Sample]:  # fmt: skip
     """Strides of `decode` until every row has ended or has drawn what it may."""
@@ -139,7 +139,7 @@ def _draw_all(
     # Neither the number of tokens nor the stop texts are part of what is compiled.
     static = replace(config, max_new_tokens=1, stop=())
     while not bool(jnp.all(state.done_B)):
-        state, new, new_logprobs = decode(lm, params, state, static, end_id, STRIDE)
+        state, new, new_logprobs = decode(lm, params, state, static, end_ids, STRIDE)
         tokens = np.concatenate([tokens, np.asarray(new)], axis=1)
         logprobs = np.concatenate([logprobs, np.asarray(new_logprobs)], axis=1)
         for row in range(batch):

@@ -15,8 +15,12 @@ class TextCodec(Protocol):
     """What sampling needs of a tokenizer."""
 
     @property
-    def end_id(self) -> int:
-        """The token that begins and ends a document."""
+    def begin_ids(self) -> tuple[int, ...]:
+        """What comes before a text."""
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens each of which ends a text."""
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Tokens of each text."""
@@ -30,8 +34,8 @@ def sample_text(
 ) -> list[tuple[str, Sample]]:
     """Continue each prompt, read as the beginning of a document; the text ends before the first stop text."""
     encoded = codec.encode_batch(list(prompts))
-    # Documents begin with the end token, so a prompt does too, and an empty prompt is a new document.
-    starts = [np.concatenate([[codec.end_id], tokens]).astype(np.int32) for tokens in encoded]
+    # A prompt begins as the texts do that the model has learnt from; an empty prompt is a new text.
+    starts = [np.concatenate([codec.begin_ids, tokens]).astype(np.int32) for tokens in encoded]
 
     def cut(tokens: np.ndarray) -> int | None:
         text = codec.decode(tokens.tolist())
@@ -45,7 +49,7 @@ def sample_text(
             low, high = (low, middle) if any(stop in held for stop in config.stop) else (middle + 1, high)
         return low
 
-    drawn = sample(lm, params, starts, key, config, end_id=codec.end_id, stopped=cut)
+    drawn = sample(lm, params, starts, key, config, end_ids=codec.end_ids, stopped=cut)
     return [(_before_stop(codec.decode(one.tokens.tolist()), config.stop), one) for one in drawn]
 
 

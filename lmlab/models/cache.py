@@ -66,6 +66,17 @@ def take_rows(cache: KVCache, rows_N: Array) -> KVCache:
     )
 
 
+def put_rows(cache: KVCache, rows_N: Array, other: KVCache) -> KVCache:
+    """Rows of a cache of the same room in place of the chosen ones; those beyond the last row are dropped."""
+    return KVCache(
+        keys_LBSKH=cache.keys_LBSKH.at[:, rows_N].set(other.keys_LBSKH, mode="drop"),
+        values_LBSKH=cache.values_LBSKH.at[:, rows_N].set(other.values_LBSKH, mode="drop"),
+        positions_BS=cache.positions_BS.at[rows_N].set(other.positions_BS, mode="drop"),
+        segments_BS=cache.segments_BS.at[rows_N].set(other.segments_BS, mode="drop"),
+        length_B=cache.length_B.at[rows_N].set(other.length_B, mode="drop"),
+    )
+
+
 def rewind(cache: KVCache, length_B: Array) -> KVCache:
     """Forget all but the first `length_B` tokens of each row."""
     kept = jnp.arange(cache.segments_BS.shape[1])[None] < length_B[:, None]

@@ -61,6 +61,11 @@ class LM:
     """`init_cache(batch, length)`: room for `length` tokens a row."""
     take_rows: Callable[[Cache, Array], Cache]
     """`take_rows(cache, rows_N)`: the cache of the chosen rows, repeats allowed."""
+    put_rows: Callable[[Cache, Array, Cache], Cache]
+    """`put_rows(cache, rows_N, other)`: the N rows of `other`, of the same room, in place of the chosen ones; rows
+    beyond the last are dropped."""
+    rewind: Callable[[Cache, Array], Cache]
+    """`rewind(cache, length_B)`: all but the first `length_B` tokens of each row forgotten."""
     axes: Axes
     """Logical axis names by parameter: embed, heads, kv_heads, head_dim, ffn, vocab, positions, norm;
     layers and stack are batch axes (a stack of matrices, each one for itself)."""

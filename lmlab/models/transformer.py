@@ -164,6 +164,7 @@ def transformer(config: TransformerConfig) -> LM:
         init=lambda key: nn.unbox(boxed(key)), apply=apply,
         embed=lambda params, tokens_BT: run(params, tokens_BT, method="embed"),
         head=head, logits=logits, init_cache=init_cache, take_rows=caches.take_rows,
+        put_rows=caches.put_rows, rewind=caches.rewind,
         axes=jax.tree.map(tuple, names, is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec)),
     )  # fmt: skip
 

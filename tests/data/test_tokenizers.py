@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from lmlab.core.errors import UserError
 from lmlab.data.config import Bytes, TokenizerFile, TrainedBPE
 from lmlab.data.sources import Document
-from lmlab.data.tokenizers import build_tokenizer, load_tokenizer
+from lmlab.data.tokenizers import build_tokenizer, load_tokenizer, wrap_tokenizer
 
 CORPUS = [Document(str(i), f"the cat {i} sat on the mat; " * 20) for i in range(50)]
 
@@ -80,6 +80,30 @@ def test_saved_tokenizer_needs_nothing_else(tokenizer, tmp_path, nasty):
     )  # fmt: skip
     for one, other in zip(tokenizer.encode_batch(nasty), loaded.encode_batch(nasty), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_marked_text_says_where_its_tokens_lie(tokenizer, nasty):
+    for text in nasty:
+        ids_T, spans_T2 = tokenizer.encode_marked(text)
+        assert tokenizer.decode(ids_T) == text or "</s>" in text
+        assert (spans_T2 >= 0).all()
+        assert (np.diff(spans_T2[:, 0]) >= 0).all()
+        assert spans_T2.max(initial=0) == len(text)
+
+
+def test_marked_text_holds_special_tokens_and_plain_text_does_not(tmp_path):
+    byte_level().save(str(tmp_path / "given.json"))
+    tokenizer = build(TokenizerFile(str(tmp_path / "given.json")), tmp_path)
+    ids_T, spans_T2 = tokenizer.encode_marked("<s>the</s>")
+    assert ids_T.tolist() == [258, 257, 259]
+    assert spans_T2.tolist() == [[0, 3], [3, 6], [6, 10]]
+    assert not {258, 259} & set(tokenizer.encode_batch(["<s>the</s>"])[0].tolist())
+
+
+def test_beginning_and_ends_survive(tmp_path):
+    wrap_tokenizer(byte_level(), "</s>", (258,), (259, 258)).save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.begin_ids, loaded.end_ids) == ((258,), (259, 258))
 
 
 def test_bytes_decode_what_is_not_utf8():

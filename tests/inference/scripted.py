@@ -23,14 +23,16 @@ def counting_lm(vocab: int = END + 1, max_length: int = 120) -> LM:
         embed=lambda params, tokens_BT: tokens_BT, head=lambda params: params,
         logits=lambda params, hidden: 100.0 * hidden,
         init_cache=lambda batch, length: jnp.zeros((batch, length)),
-        take_rows=lambda cache, rows_N: cache[rows_N], axes={},
+        take_rows=lambda cache, rows_N: cache[rows_N],
+        put_rows=lambda cache, rows_N, other: cache.at[rows_N].set(other), rewind=lambda cache, length_B: cache,
+        axes={},
     )  # fmt: skip
 
 
 class Letters:
     """Token i is the character of code 48 + i; the last token ends a document."""
 
-    end_id = END
+    begin_ids, end_ids = (END,), (END,)
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """One token a character."""

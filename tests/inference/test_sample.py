@@ -22,8 +22,8 @@ def ids(*tokens):
     return np.asarray(tokens, np.int32)
 
 
-def draw(prompts, key=KEY, lm=LM, params=PARAMS, end_id=None, stopped=lambda tokens: None, **config):
-    return sample(lm, params, prompts, key, SamplingConfig(**config), end_id=end_id, stopped=stopped)
+def draw(prompts, key=KEY, lm=LM, params=PARAMS, end_ids=(), stopped=lambda tokens: None, **config):
+    return sample(lm, params, prompts, key, SamplingConfig(**config), end_ids=end_ids, stopped=stopped)
 
 
 @jax.jit
@@ -128,7 +128,7 @@ def test_the_context_limits_what_is_drawn():
 
 @pytest.mark.parametrize("last", [END - 1, END - 6, END - STRIDE, END - STRIDE - 1, 0])
 def test_the_end_token_ends_its_row_and_is_not_kept(last):
-    ended, going = draw([ids(last), ids(END)], lm=COUNTING, params={}, end_id=END, max_new_tokens=58)
+    ended, going = draw([ids(last), ids(END)], lm=COUNTING, params={}, end_ids=(END,), max_new_tokens=58)
     expected = list(range(last + 1, END))[:58]
     assert ended.tokens.tolist() == expected
     assert ended.logprobs.shape == (len(expected),)
@@ -153,7 +153,7 @@ def test_an_end_stops_the_work_when_all_rows_have_it():
         [ids(50)],
         lm=COUNTING,
         params={},
-        end_id=END,
+        end_ids=(END,),
         stopped=lambda drawn: looks.append(len(drawn)),
         max_new_tokens=100,
     )

@@ -93,6 +93,19 @@ def test_cache_ignores_padding_and_gathers_rows(made):
         chex.assert_trees_all_close(hidden[place, 0], expected, atol=2e-5)
 
 
+def test_cache_takes_rows_in_and_forgets(made):
+    lm, params = made
+    _, cache = lm.apply(params, tokens()[:, :4], cache=lm.init_cache(2, 8))
+    _, other = lm.apply(params, tokens(2, 3, seed=6), cache=lm.init_cache(2, 8))
+    # Row 1 becomes the first of the others; the second goes nowhere. Then row 0 forgets its last two tokens.
+    cache = lm.rewind(lm.put_rows(cache, jnp.asarray([1, 2]), other), jnp.asarray([2, 3]))
+    following = tokens(2, 1, seed=5)
+    hidden, _ = lm.apply(params, following, cache=cache)
+    for row, before in enumerate((tokens()[0, :2], tokens(2, 3, seed=6)[0])):
+        expected = lm.apply(params, jnp.concatenate([before, following[row]])[None])[0][0, -1]
+        chex.assert_trees_all_close(hidden[row, 0], expected, atol=2e-5)
+
+
 def test_packed_documents_do_not_see_each_other(made):
     lm, params = made
     first, second = tokens(1, 3, seed=1), tokens(1, 2, seed=2)
