@@ -21,6 +21,7 @@ ALLOWED = {
     "train": {"core", "optim"},
     "evals": {"core", "inference", "train"},
     "report": {"core"},
+    "interop": {"core", "models", "data", "inference.config"},
 }
 """What the modules of a package may import of lmlab besides their own package; all may read the version."""
 FREE = {"cli", "plan", "pretrain", "recipe", "runs"}
