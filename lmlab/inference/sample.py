@@ -81,7 +81,7 @@ def draw(
     Row i is drawn with fold_in(key, i), whatever its neighbours. A row that fills the context ends there. Raises
     `UserError` for no prompt, an empty one, one that fills the context by itself, or tokens outside the vocabulary.
     """
-    _check_prompts(lm, prompts)
+    check_prompts(lm, prompts)
     lm, params = lm.for_decoding(params)
     limits = [min(len(prompt) + config.max_new_tokens, lm.max_length) for prompt in prompts]
     queue = deque(Row(i, *both) for i, both in enumerate(zip(prompts, limits, strict=True)))
@@ -108,7 +108,8 @@ def draw(
         state = replace(state, done_B=jnp.asarray(done_B))
 
 
-def _check_prompts(lm: LM, prompts: Sequence[np.ndarray]) -> None:
+def check_prompts(lm: LM, prompts: Sequence[np.ndarray]) -> None:
+    """Raises `UserError` for prompts that cannot be continued; see `draw`."""
     lengths = [len(prompt) for prompt in prompts]
     some = bool(lengths) and min(lengths) >= 1
     check(some, "prompts", lengths, "at least one prompt, of at least one token each")

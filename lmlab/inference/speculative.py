@@ -1,0 +1,211 @@
+"""Speculative decoding (arXiv 2211.17192, 2302.01318): a small model drafts, the large one reads the draft at once and
+keeps of it what leaves its own distribution exact.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from lmlab.core.errors import check
+from lmlab.core.types import Array, Key, Params
+from lmlab.inference.config import SamplingConfig
+from lmlab.inference.draw import draw_tokens
+from lmlab.inference.engine import bucket, read_prompts
+from lmlab.inference.filters import filter_logits
+from lmlab.inference.sample import Sample, check_prompts
+from lmlab.models.lm import LM
+
+
+class Model(NamedTuple):
+    """A language model with its parameters."""
+
+    lm: LM
+    params: Params
+
+
+class Speculated(NamedTuple):
+    """What was drawn, and at what cost."""
+
+    samples: list[Sample]
+    passes: int
+    """Passes of the large model over the batch."""
+    accepted: float
+    """Share of the drafted tokens that were kept."""
+
+
+@struct.dataclass
+class Drafting:
+    """A batch in the middle of being drawn. Both caches hold all tokens of a row but the last."""
+
+    cache: Any
+    draft_cache: Any
+    tokens_BS: Array
+    logprobs_BS: Array
+    length_B: Array
+    limit_B: Array
+    done_B: Array
+    passes: Array
+    offered: Array
+    kept: Array
+
+
+def speculate(
+    target: Model, draft: Model, prompts: Sequence[np.ndarray], key: Key, config: SamplingConfig, *,
+    ahead: int = 4, end_ids: tuple[int, ...] = (),
+) -> Speculated:  # fmt: skip
+    """Samples as `sample` draws them from the target, though not the same ones; all prompts at once.
+
+    ahead: K, tokens that are drafted between two passes of the target. Stop texts and repetition_penalty are not looked
+    at. Raises `UserError` as `sample`, and where the two do not have the same vocabulary.
+    """
+    check(target.lm.vocab_size == draft.lm.vocab_size, "draft", f"a vocabulary of {draft.lm.vocab_size}",
+          f"that of the target, {target.lm.vocab_size}", "Both need the same tokenizer.")  # fmt: skip
+    check(ahead >= 1, "ahead", ahead, "at least 1")
+    check(config.repetition_penalty == 1, "repetition_penalty", config.repetition_penalty, "1 when speculating")
+    for model in (target, draft):
+        check_prompts(model.lm, prompts)
+    target, draft = (Model(*model.lm.for_decoding(model.params)) for model in (target, draft))
+    length_B = np.asarray([len(prompt) for prompt in prompts], np.int32)
+    limit_B = np.minimum(length_B + config.max_new_tokens, min(target.lm.max_length, draft.lm.max_length))
+    room = min(bucket(int(limit_B.max()) + ahead + 1), target.lm.max_length, draft.lm.max_length)
+    tokens_BS = np.zeros((len(prompts), room), np.int32)
+    for tokens_S, prompt in zip(tokens_BS, prompts, strict=True):
+        tokens_S[: len(prompt)] = prompt
+    rows = jnp.arange(len(prompts))
+
+    def read(model: Model) -> Any:
+        _, cache = read_prompts(model.lm, model.params, prompts, room)
+        return model.lm.rewind(model.lm.take_rows(cache, rows), jnp.asarray(length_B - 1))
+
+    count = lambda: jnp.zeros((), jnp.int32)
+    state = Drafting(
+        read(target), read(draft), jnp.asarray(tokens_BS), jnp.zeros((len(prompts), room)), jnp.asarray(length_B),
+        jnp.asarray(limit_B), jnp.zeros(len(prompts), bool), count(), count(), count(),
+    )  # fmt: skip
+    keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
+    static = replace(config, max_new_tokens=1, stop=())
+    state = _run(target.lm, draft.lm, (target.params, draft.params), keys_B, state, static, end_ids, ahead)
+    samples = []
+    for row, (first, last) in enumerate(zip(length_B, np.asarray(state.length_B), strict=True)):
+        drawn = np.asarray(state.tokens_BS[row, first:last]), np.asarray(state.logprobs_BS[row, first:last])
+        samples.append(Sample(*drawn, ended=bool(last < limit_B[row])))
+    return Speculated(samples, int(state.passes), int(state.kept) / max(int(state.offered), 1))
+
+
+def acceptance(target_V: Array, draft_V: Array) -> Array:
+    """Probability with which each drafted token is kept: min(1, p / q), [..., V] (arXiv 2211.17192 eq. 1)."""
+    return jnp.minimum(1.0, target_V / jnp.where(draft_V > 0, draft_V, 1))
+
+
+def residual(target_V: Array, draft_V: Array) -> Array:
+    """What a token is drawn from where the draft was not kept: max(0, p - q), normalised, [..., V].
+
+    Where both are equal nothing is ever rejected, and it is the target.
+    """
+    rest_V = jnp.maximum(target_V - draft_V, 0)
+    total = jnp.sum(rest_V, axis=-1, keepdims=True)
+    return jnp.where(total > 0, rest_V / jnp.where(total > 0, total, 1), target_V)
+
+
+def keep(keys_B: Key, drafted_BK: Array, draft_BKV: Array, target_BJV: Array) -> tuple[Array, Array]:
+    """How many drafted tokens are kept, [B], and the token that follows them, [B].
+
+    draft, target: probabilities after filters; the target's, J = K + 1, also of the token after the whole draft.
+    """
+    ahead = drafted_BK.shape[1]
+    chosen_BK = jnp.take_along_axis(
+        acceptance(target_BJV[:, :ahead], draft_BKV), drafted_BK[..., None], axis=2
+    )[..., 0]  # fmt: skip
+    uniform_BK = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), (ahead,)))(keys_B)
+    count_B = jnp.sum(jnp.cumprod((uniform_BK < chosen_BK).astype(jnp.int32), axis=1), axis=1)
+    # After a draft that was kept whole there is nothing to subtract.
+    none_B1V = jnp.zeros_like(draft_BKV[:, :1])
+    rest_BJV = residual(target_BJV, jnp.concatenate([draft_BKV, none_B1V], axis=1))
+    next_BV = jnp.take_along_axis(rest_BJV, count_B[:, None, None], axis=1)[:, 0]
+    keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, 1)
+    # log(0) is -inf, which is never drawn.
+    return count_B, draw_tokens(keys_B, jnp.log(next_BV))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 5, 6, 7))
+def _run(
+    lm: LM, draft_lm: LM, params: tuple[Params, Params], keys_B: Key, state: Drafting, config: SamplingConfig,
+    end_ids: tuple[int, ...], ahead: int,
+) -> Drafting:  # fmt: skip
+    """Draft, read and keep until all rows are done."""
+    rows = jnp.arange(len(keys_B))
+
+    def one_round(state: Drafting) -> Drafting:
+        # A row has never been as long before, so no key serves twice.
+        draft_keys_B, keep_keys_B = jax.vmap(lambda key, i: jax.random.split(jax.random.fold_in(key, i)), out_axes=1)(
+            keys_B, state.length_B
+        )
+        last_B = state.tokens_BS[rows, state.length_B - 1]
+        draft_cache, drafted_BK, draft_BKV = _draft(
+            draft_lm, params[1], state.draft_cache, last_B, draft_keys_B, config, ahead
+        )
+        read_BJ = jnp.concatenate([last_B[:, None], drafted_BK], axis=1)
+        hidden_BJD, cache = lm.apply(params[0], read_BJ, cache=state.cache)
+        logits_BJV = lm.logits(params[0], hidden_BJD)
+        count_B, next_B = keep(keep_keys_B, drafted_BK, draft_BKV, _probabilities(logits_BJV, config))
+        places_J = jnp.arange(ahead + 1)[None]
+        new_BJ = jnp.where(places_J == count_B[:, None], next_B[:, None], jnp.pad(drafted_BK, ((0, 0), (0, 1))))
+        logprobs_BJ = jnp.take_along_axis(jax.nn.log_softmax(logits_BJV), new_BJ[..., None], axis=2)[..., 0]
+        state = _append(state, new_BJ, logprobs_BJ, count_B, end_ids)
+        # The last token is read in the next round, with the draft that follows it.
+        back = state.length_B - 1
+        return replace(state, cache=lm.rewind(cache, back), draft_cache=draft_lm.rewind(draft_cache, back))
+
+    return jax.lax.while_loop(lambda state: ~jnp.all(state.done_B), one_round, state)
+
+
+def _probabilities(logits: Array, config: SamplingConfig) -> Array:
+    flat = logits.reshape(-1, logits.shape[-1])
+    return jax.nn.softmax(filter_logits(flat, config)).reshape(logits.shape)
+
+
+def _draft(
+    lm: LM, params: Params, cache: Any, last_B: Array, keys_B: Key, config: SamplingConfig, ahead: int
+) -> tuple[Any, Array, Array]:  # fmt: skip
+    """K tokens drawn after the last one, [B, K], and what from, [B, K, V]. The cache then holds all K of them."""
+
+    def step(carry: tuple[Any, Array], number: Array) -> tuple[tuple[Any, Array], tuple[Array, Array]]:
+        cache, token_B = carry
+        hidden_B1D, cache = lm.apply(params, token_B[:, None], cache=cache)
+        probs_BV = _probabilities(lm.logits(params, hidden_B1D[:, 0]), config)
+        token_B = draw_tokens(jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, number), jnp.log(probs_BV))
+        return (cache, token_B), (token_B, probs_BV)
+
+    # One step more than there are tokens to offer: the token after them is not, but they are read.
+    (cache, _), (drafted_KB, draft_KBV) = jax.lax.scan(step, (cache, last_B), jnp.arange(ahead + 1))
+    return cache, drafted_KB[:ahead].T, draft_KBV[:ahead].transpose(1, 0, 2)
+
+
+def _append(
+    state: Drafting, new_BJ: Array, logprobs_BJ: Array, count_B: Array, end_ids: tuple[int, ...]
+) -> Drafting:  # fmt: skip
+    """Add the first `count` + 1 new tokens to each row, up to an end token or the limit."""
+    batch, ahead = len(count_B), new_BJ.shape[1] - 1
+    places_BJ = state.length_B[:, None] + jnp.arange(ahead + 1)[None]
+    offered_BJ = jnp.arange(ahead + 1)[None] <= count_B[:, None]
+    ended_BJ = offered_BJ & jnp.isin(new_BJ, jnp.asarray(end_ids, jnp.int32))
+    kept_BJ = offered_BJ & (jnp.cumsum(ended_BJ, axis=1) == 0) & (places_BJ < state.limit_B[:, None])
+    kept_BJ &= ~state.done_B[:, None]
+    at = jnp.arange(batch)[:, None], jnp.where(kept_BJ, places_BJ, state.tokens_BS.shape[1])
+    length_B = state.length_B + jnp.sum(kept_BJ, axis=1, dtype=jnp.int32)
+    return replace(
+        state,
+        tokens_BS=state.tokens_BS.at[at].set(new_BJ, mode="drop"),
+        logprobs_BS=state.logprobs_BS.at[at].set(logprobs_BJ, mode="drop"),
+        length_B=length_B,
+        done_B=state.done_B | jnp.any(ended_BJ, axis=1) | (length_B >= state.limit_B),
+        passes=state.passes + 1,
+        offered=state.offered + ahead * jnp.sum(~state.done_B, dtype=jnp.int32),
+        kept=state.kept + jnp.sum(jnp.where(state.done_B, 0, count_B), dtype=jnp.int32),
+    )
