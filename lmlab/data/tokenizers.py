@@ -128,7 +128,8 @@ def wrap_tokenizer(
     end_id = model.get_vocab(with_added_tokens=True)[end_token]
     begin, ends = (end_id,) if begin_ids is None else begin_ids, end_ids or (end_id,)
     serialised = model.to_str()
-    marked = tokenizers.Tokenizer.from_str(serialised)
+    # What is left of a post-processor that may add no tokens takes the blanks out of the places of tokens.
+    marked = tokenizers.Tokenizer.from_str(json.dumps(json.loads(serialised) | {"post_processor": None}))
     model.encode_special_tokens = True
 
     def encode_batch(texts: Sequence[str]) -> list[np.ndarray]:
