@@ -82,13 +82,13 @@ def encode_conversations(
         UserError: see `open_conversations`.
     """
     width, now = config.length + lookahead, datetime.fromisoformat(config.date)
+    encode = partial(encode_chat, template, tokenizer, turns=config.turns, now=now)
     names, ends, text_bytes = [], array("q", [0]), 0
     tokens, labels = array("i"), bytearray()
     counts = dict.fromkeys(("conversations", "tokens", "labels", *_LOSSES), 0)
     with counting(f"tokenising {label}") as tell:
         for where, record in records:
-            encoded = _encode(record, where, config, lambda chat: encode_chat(
-                template, tokenizer, chat, turns=config.turns, now=now))  # fmt: skip
+            encoded = _encode(record, where, config, encode)
             if encoded is None:
                 counts["dropped_invalid"] += 1
                 continue
