@@ -132,7 +132,7 @@ def read_rotary(
     check(isinstance(inside, Mapping), name, inside, "an object")
     check(not (old and new) or old == new, name, inside, "the same as rope_parameters, or one of them only")
     kind = inside.get("rope_type", inside.get("type", "default"))
-    check(kind in _SCALINGS, f"{name}.rope_type", kind, f"one of {', '.join(_SCALINGS)}",
+    check(isinstance(kind, str) and kind in _SCALINGS, f"{name}.rope_type", kind, f"one of {', '.join(_SCALINGS)}",
           "lmlab has no other way to scale rotary embeddings.")  # fmt: skip
     allowed = _SCALINGS[kind] | {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     for key, value in inside.items():

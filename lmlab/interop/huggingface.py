@@ -16,10 +16,9 @@ from lmlab.core.types import Array, Params
 from lmlab.interop.families import family_of, write_config
 from lmlab.interop.source import Source
 from lmlab.interop.tensor_files import DTYPES, check_stored, open_tensor_files, read_json, write_tensor_files
-from lmlab.interop.tensors import BUFFERS, Part, base_prefix, head_name, parts_of, write_tensor
-from lmlab.interop.weights import flat_leaves, leaf_shapes
+from lmlab.interop.tensors import BUFFERS, Part, base_prefix, head_name, write_tensor
+from lmlab.interop.weights import flat_leaves, model_parts
 from lmlab.models.config import TransformerConfig
-from lmlab.models.transformer import transformer
 
 if TYPE_CHECKING:
     from lmlab.interop.tokenizer_files import TokenizerFiles
@@ -75,9 +74,8 @@ def save_pretrained(
         UserError: no family of transformers can express the model, or the folder cannot be written.
     """
     fields = write_config(config)
-    shapes, _ = leaf_shapes(transformer(config))
     leaves = flat_leaves(params)
-    by_tensor = _by_tensor(parts_of(fields["model_type"], shapes))
+    by_tensor = _by_tensor(model_parts(config, fields["model_type"]))
     order = _half_order(config)
 
     def fetch(part: Part) -> np.ndarray:
@@ -102,13 +100,14 @@ def write_folder(
     """
     check(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
     check(shard_bytes >= 1, "shard_bytes", shard_bytes, "a positive number of bytes")
-    config = dict(fields) | {"torch_dtype": dtype}
-    if text is not None:
-        begin, ends = text.tokenizer.begin_ids, text.tokenizer.end_ids
-        config |= {
-            "bos_token_id": begin[0] if begin else None,
-            "eos_token_id": ends[0] if len(ends) == 1 else list(ends),
-        }
+    begin, ends = ((), ()) if text is None else (text.tokenizer.begin_ids, text.tokenizer.end_ids)
+    # Said even where there are none: the defaults of some families lie outside of a small vocabulary.
+    tokens = {
+        "bos_token_id": next(iter(begin), None),
+        "eos_token_id": list(ends) if len(ends) > 1 else next(iter(ends), None),
+        "pad_token_id": None,
+    }
+    config = dict(fields) | tokens | {"torch_dtype": dtype}
     with whole_folder(folder) as partial:
         (partial / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
         write_tensor_files(partial, shapes, make, dtype, shard_bytes)
