@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lmlab.interop.families import read_config, write_config
-from lmlab.interop.huggingface import write_folder
+from lmlab.interop.huggingface import TOKENS, write_folder
 from lmlab.interop.pretrained import check_vocabulary, open_pretrained
 from lmlab.interop.weights import check_tensors, model_parts
 
@@ -26,5 +26,6 @@ def convert(source_path: Path, target_path: Path, dtype: str = "float32") -> Non
     check_tensors(source, parts, config.tied)
     # The same family again: both sides name their tensors alike, so none has to be taken apart.
     shapes = {part.tensor: part.shape for part in parts}
-    fields = write_config(config, source.config["model_type"])
+    tokens = {name: source.config[name] for name in TOKENS if name in source.config}
+    fields = tokens | write_config(config, source.config["model_type"])
     write_folder(target_path, fields, shapes, lambda name: source.read(name, ()), text, dtype=dtype)

@@ -9,10 +9,12 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import CONFIGS, weight, write_tiny
 
 from lmlab.core.errors import UserError
+from lmlab.data.tokenizers import byte_tokenizer
 from lmlab.interop import huggingface
 from lmlab.interop.huggingface import open_folder, save_pretrained, whole_folder, write_folder
 from lmlab.interop.pretrained import load_pretrained
 from lmlab.interop.tensor_files import INDEX, WHOLE
+from lmlab.interop.tokenizer_files import TokenizerFiles, write_tokenizer_files
 from lmlab.testing.tiny import tiny_config
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -90,6 +92,14 @@ def larger_vocabulary(folder):
     edit_json(folder / "config.json", vocab_size=25)
 
 
+def larger_tokenizer(folder):
+    write_tokenizer_files(folder, TokenizerFiles(byte_tokenizer(), None, None))
+
+
+def tokenizer_of_sentencepiece(folder):
+    (folder / "tokenizer.model").write_bytes(b"x")
+
+
 BAD = {
     drop: "model.layers.1.mlp.up_proj.weight': expected all tensors",
     drop_head: "set tie_word_embeddings",
@@ -105,6 +115,8 @@ BAD = {
     broken_config: "expected readable JSON",
     list_config: "expected a JSON object",
     tie_another_head: f"{HEAD} = 'another table than the embedding'",
+    larger_tokenizer: "tokenizer = 257: expected at most as many tokens as the model has, 24",
+    tokenizer_of_sentencepiece: "a folder with tokenizer.json",
     larger_vocabulary: f"{EMBEDDING} = [24, 16]: expected the shape [25, 16]",
 }
 

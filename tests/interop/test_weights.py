@@ -14,10 +14,13 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_models import CONFIGS, LLAMA, SHOWN, TOKENS, write_tiny
 
+from lmlab.data.tokenizers import byte_tokenizer
+from lmlab.inference.config import SamplingConfig
 from lmlab.interop.convert import convert
 from lmlab.interop.families import read_config
 from lmlab.interop.huggingface import open_folder, save_pretrained
 from lmlab.interop.pretrained import Pretrained, load_pretrained
+from lmlab.interop.tokenizer_files import TokenizerFiles, write_tokenizer_files
 from lmlab.interop.weights import load_params
 from lmlab.models.config import ExecutionConfig, RotaryConfig
 from lmlab.testing.tiny import lively, tiny_lm
@@ -170,3 +173,26 @@ def test_converting_is_loading_and_saving(name, tmp_path):
     save_pretrained(tmp_path / "saved", loaded.config, loaded.params, dtype="bfloat16")
     chex.assert_trees_all_equal(tensors(tmp_path / "out"), tensors(tmp_path / "saved"))
     assert (tmp_path / "out/config.json").read_text() == (tmp_path / "saved/config.json").read_text()
+
+
+def test_the_text_of_a_model_goes_with_it(tmp_path):
+    folder = write_tiny(tmp_path / "in", {**CONFIGS["llama"], "vocab_size": 260})
+    assert load_pretrained(folder).text is None
+    write_tokenizer_files(folder, TokenizerFiles(byte_tokenizer(), None, SamplingConfig(temperature=0.5)))
+    loaded = load_pretrained(folder)
+    save_pretrained(tmp_path / "saved", loaded.config, loaded.params, loaded.text)
+    convert(folder, tmp_path / "converted")
+    for name in ("saved", "converted"):
+        again = load_pretrained(tmp_path / name).text
+        assert again.tokenizer.fingerprint == loaded.text.tokenizer.fingerprint
+        assert again.sampling == loaded.text.sampling
+        stated = json.loads((tmp_path / name / "config.json").read_text())
+        assert (stated["bos_token_id"], stated["eos_token_id"], stated["pad_token_id"]) == (256, 256, None)
+
+
+def test_tokens_that_a_source_states_survive_without_a_tokenizer(tmp_path):
+    folder = write_tiny(tmp_path / "in", {**CONFIGS["llama"], "eos_token_id": [3, 4], "pad_token_id": 5})
+    config = json.loads((folder / "config.json").read_text())
+    assert config["eos_token_id"] == [3, 4]
+    convert(folder, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["pad_token_id"] == 5
