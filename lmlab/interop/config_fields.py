@@ -9,7 +9,7 @@ from lmlab.models.config import RotaryConfig
 _ORIGIN = """
 architectures model_type torch_dtype dtype transformers_version _name_or_path name_or_path _commit_hash
 tokenizer_class prefix finetuning_task task_specific_params problem_type id2label label2id num_labels _num_labels
-transformers.js_config is_llama_config unsloth_fixed unsloth_version
+transformers.js_config custom_pipelines is_llama_config unsloth_fixed unsloth_version
 """
 """Where the file comes from, and what is done with it. The names of Pythia, SmolLM and GPT-2's own files among them."""
 _EXECUTION = """
@@ -51,6 +51,9 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),
     "mlp_bias": (False,),
     "attention_bias": (False,),
+    "use_sliding_window": (False,),
+    "sliding_window": (None,),
+    "use_mrope": (False,),
     "qk_layernorm": (False,),
     "use_qk_norm": (False,),
     "attn_logit_softcapping": (None,),

@@ -184,8 +184,8 @@ _QWEN: Fields = {
 }  # fmt: skip
 _SMOLLM3: Fields = {
     **_LLAMA, "num_key_value_heads": 4, "max_position_embeddings": 32768, "tie_word_embeddings": True,
-    "use_sliding_window": False, "sliding_window": None, "no_rope_layers": None, "no_rope_layer_interval": 4,
-    "attention_bias": False, "mlp_bias": False,
+    "use_sliding_window": False, "sliding_window": None, "max_window_layers": 28,
+    "no_rope_layers": None, "no_rope_layer_interval": 4, "attention_bias": False, "mlp_bias": False,
 }  # fmt: skip
 _GPT2: Fields = {
     "vocab_size": int, "n_layer": int, "n_embd": int, "n_head": int, "n_inner": None, "n_positions": 1024,

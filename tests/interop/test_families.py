@@ -108,6 +108,43 @@ def test_fields_become_the_config():
     assert read_config(CONFIGS["neox"]).rotary == RotaryConfig(base=100.0, fraction=0.25)
 
 
+PUBLISHED = {
+    "SmolLM2": (
+        {**LLAMA, "architectures": ["LlamaForCausalLM"], "initializer_range": 0.04, "is_llama_config": True,
+         "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000, "pretraining_tp": 1,
+         "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "torch_dtype": "bfloat16"},
+        RotaryConfig(100_000.0),
+    ),
+    "Qwen2.5": (
+        {**LLAMA, "model_type": "qwen2", "max_window_layers": 21, "sliding_window": 32768, "use_mrope": False,
+         "use_sliding_window": False, "rope_theta": 1000000.0, "use_cache": True, "bos_token_id": 1},
+        RotaryConfig(1e6),
+    ),
+    "SmolLM3": (
+        {**SMOLLM3, "layer_types": [FULL] * 2, "max_window_layers": 28, "no_rope_layer_interval": 4,
+         "no_rope_layers": [1, 1], "sliding_window": None, "use_sliding_window": False, "rope_theta": 5e6},
+        RotaryConfig(5e6),
+    ),
+    "Pythia": (
+        {**NEOX, "rotary_emb_base": 10000, "rotary_pct": 0.25, "use_parallel_residual": True, "hidden_dropout": 0.0,
+         "initializer_range": 0.02, "attention_bias": True},
+        RotaryConfig(fraction=0.25),
+    ),
+    "GPT-2": (
+        {**GPT2, "n_ctx": 64, "attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "summary_type": "cls_index",
+         "summary_use_proj": True, "summary_activation": None, "task_specific_params": {"text-generation": {}},
+         "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"},
+        RotaryConfig(),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_published_files_say_besides_is_no_obstacle(name):
+    fields, rotary = PUBLISHED[name]
+    assert read_config(fields).rotary == rotary
+
+
 def test_windows_of_every_spelling():
     window = lambda fields: read_config(fields).attention.window
     assert window({**QWEN2, "max_window_layers": 0}) == 5
