@@ -268,3 +268,21 @@ def test_types_of_parameters_are_checked(tmp_path):
     with pytest.raises(UserError, match="dtype = 'float16'"):
         load_pretrained(write_tiny(tmp_path / "model", CONFIGS["llama"]), dtype="float16")
     assert huggingface.SHARD_BYTES == 5 * 10**9
+
+
+@pytest.mark.parametrize(
+    ("files", "path", "message"),
+    [
+        ([], "nowhere", "a folder with config.json, a .gguf file, or a .bin of llama2.c"),
+        ([], ".", "a folder with config.json"),
+        (["a.gguf", "b.gguf"], ".", "the folder has several .gguf files"),
+        (["a.txt"], "a.txt", "a folder with config.json"),
+        (["a.bin"], "a.bin", "a.bin"),
+    ],
+)
+def test_what_is_no_model_is_told(files, path, message, tmp_path):
+    for name in files:
+        (tmp_path / name).write_text("no model")
+    with pytest.raises(UserError) as error:
+        load_pretrained(tmp_path / path)
+    assert message in str(error.value)
