@@ -9,7 +9,7 @@ from lmlab.models.config import RotaryConfig
 _ORIGIN = """
 architectures model_type torch_dtype dtype transformers_version _name_or_path name_or_path _commit_hash
 tokenizer_class prefix finetuning_task task_specific_params problem_type id2label label2id num_labels _num_labels
-transformers.js_config is_llama_config unsloth_fixed unsloth_version
+transformers.js_config custom_pipelines is_llama_config unsloth_fixed unsloth_version
 """
 """Where the file comes from, and what is done with it. The names of Pythia, SmolLM and GPT-2's own files among them."""
 _EXECUTION = """
@@ -51,6 +51,9 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),
     "mlp_bias": (False,),
     "attention_bias": (False,),
+    "use_sliding_window": (False,),
+    "sliding_window": (None,),
+    "use_mrope": (False,),
     "qk_layernorm": (False,),
     "use_qk_norm": (False,),
     "attn_logit_softcapping": (None,),
@@ -132,7 +135,7 @@ def read_rotary(
     check(isinstance(inside, Mapping), name, inside, "an object")
     check(not (old and new) or old == new, name, inside, "the same as rope_parameters, or one of them only")
     kind = inside.get("rope_type", inside.get("type", "default"))
-    check(kind in _SCALINGS, f"{name}.rope_type", kind, f"one of {', '.join(_SCALINGS)}",
+    check(isinstance(kind, str) and kind in _SCALINGS, f"{name}.rope_type", kind, f"one of {', '.join(_SCALINGS)}",
           "lmlab has no other way to scale rotary embeddings.")  # fmt: skip
     allowed = _SCALINGS[kind] | {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     for key, value in inside.items():

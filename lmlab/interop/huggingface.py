@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,15 +16,13 @@ from lmlab.core.types import Array, Params
 from lmlab.interop.families import family_of, write_config
 from lmlab.interop.source import Source
 from lmlab.interop.tensor_files import DTYPES, check_stored, open_tensor_files, read_json, write_tensor_files
-from lmlab.interop.tensors import BUFFERS, Part, base_prefix, head_name, parts_of, write_tensor
-from lmlab.interop.weights import flat_leaves, leaf_shapes
+from lmlab.interop.tensors import BUFFERS, Part, base_prefix, head_name, write_tensor
+from lmlab.interop.tokenizer_files import TokenizerFiles, write_tokenizer_files
+from lmlab.interop.weights import flat_leaves, model_parts
 from lmlab.models.config import TransformerConfig
-from lmlab.models.transformer import transformer
-
-if TYPE_CHECKING:
-    from lmlab.interop.tokenizer_files import TokenizerFiles
 
 CONFIG = "config.json"
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SHARD_BYTES = 5 * 10**9
 """Of a file of weights, as transformers has it."""
 
@@ -58,7 +56,7 @@ def _full_names(names: list[str], model_type: str) -> dict[str, str]:
 
 
 def save_pretrained(
-    folder: Path, config: TransformerConfig, params: Params, text: "TokenizerFiles | None" = None, *,
+    folder: Path, config: TransformerConfig, params: Params, text: TokenizerFiles | None = None, *,
     dtype: str = "float32", shard_bytes: int = SHARD_BYTES,
 ) -> None:  # fmt: skip
     """Write a model as a folder of transformers. It appears whole or not at all; one tensor is in memory at a time.
@@ -75,9 +73,8 @@ def save_pretrained(
         UserError: no family of transformers can express the model, or the folder cannot be written.
     """
     fields = write_config(config)
-    shapes, _ = leaf_shapes(transformer(config))
     leaves = flat_leaves(params)
-    by_tensor = _by_tensor(parts_of(fields["model_type"], shapes))
+    by_tensor = _by_tensor(model_parts(config, fields["model_type"]))
     order = _half_order(config)
 
     def fetch(part: Part) -> np.ndarray:
@@ -93,7 +90,7 @@ def save_pretrained(
 
 def write_folder(
     folder: Path, fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], make: Callable[[str], np.ndarray],
-    text: "TokenizerFiles | None", *, dtype: str, shard_bytes: int = SHARD_BYTES,
+    text: TokenizerFiles | None, *, dtype: str, shard_bytes: int = SHARD_BYTES,
 ) -> None:  # fmt: skip
     """`fields` as config.json, tensors by `make(name)` when each is written, and the files of the tokenizer.
 
@@ -102,19 +99,17 @@ def write_folder(
     """
     check(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
     check(shard_bytes >= 1, "shard_bytes", shard_bytes, "a positive number of bytes")
-    config = dict(fields) | {"torch_dtype": dtype}
+    # Said even where there are none: the defaults of some families lie outside of a small vocabulary.
+    config = dict.fromkeys(TOKENS) | dict(fields) | {"torch_dtype": dtype}
+    if text is not None and text.tokenizer.begin_ids:
+        config["bos_token_id"] = text.tokenizer.begin_ids[0]
     if text is not None:
-        begin, ends = text.tokenizer.begin_ids, text.tokenizer.end_ids
-        config |= {
-            "bos_token_id": begin[0] if begin else None,
-            "eos_token_id": ends[0] if len(ends) == 1 else list(ends),
-        }
+        ends = text.tokenizer.end_ids
+        config["eos_token_id"] = list(ends) if len(ends) > 1 else ends[0]
     with whole_folder(folder) as partial:
         (partial / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
         write_tensor_files(partial, shapes, make, dtype, shard_bytes)
         if text is not None:
-            from lmlab.interop.tokenizer_files import write_tokenizer_files
-
             write_tokenizer_files(partial, text)
 
 

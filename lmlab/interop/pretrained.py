@@ -2,20 +2,17 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lmlab.core.errors import UserError, check
 from lmlab.core.types import Params
 from lmlab.interop.families import read_config
 from lmlab.interop.huggingface import CONFIG, open_folder
 from lmlab.interop.source import Source
+from lmlab.interop.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from lmlab.interop.weights import Place, load_params
 from lmlab.models.config import ExecutionConfig, TransformerConfig
 from lmlab.models.lm import LM
 from lmlab.models.transformer import transformer
-
-if TYPE_CHECKING:
-    from lmlab.interop.tokenizer_files import TokenizerFiles
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,7 @@ class Pretrained:
     config: TransformerConfig
     lm: LM
     params: Params
-    text: "TokenizerFiles | None"
+    text: TokenizerFiles | None
     """Its tokenizer, chat template and sampling; None if the files have no tokenizer."""
 
 
@@ -52,7 +49,7 @@ def load_pretrained(
     return Pretrained(config, transformer(config), load_params(source, config, dtype=dtype, place=place), text)
 
 
-def check_vocabulary(source: Source, config: TransformerConfig, text: "TokenizerFiles | None") -> None:
+def check_vocabulary(source: Source, config: TransformerConfig, text: TokenizerFiles | None) -> None:
     """Raise `UserError` if the tokenizer has tokens that the model has no embedding of."""
     size = 0 if text is None else text.tokenizer.vocab_size
     check(size <= config.vocab_size, f"{source.origin}: tokenizer", size,
@@ -60,7 +57,7 @@ def check_vocabulary(source: Source, config: TransformerConfig, text: "Tokenizer
           "Tokens were added to the tokenizer and not to the model.")  # fmt: skip
 
 
-def open_pretrained(path: Path) -> "tuple[Source, TokenizerFiles | None]":
+def open_pretrained(path: Path) -> tuple[Source, TokenizerFiles | None]:
     """The weights and the text of a model, by what lies at the path; no weights are read yet.
 
     Raises:
@@ -87,9 +84,7 @@ def open_pretrained(path: Path) -> "tuple[Source, TokenizerFiles | None]":
                     )  # fmt: skip
 
 
-def _folder_text(folder: Path) -> "TokenizerFiles | None":
-    if not (folder / "tokenizer.json").is_file():
-        return None
-    from lmlab.interop.tokenizer_files import read_tokenizer_files
-
-    return read_tokenizer_files(folder)
+def _folder_text(folder: Path) -> TokenizerFiles | None:
+    # Any of them: a tokenizer that cannot be read is told of, not dropped.
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+    return read_tokenizer_files(folder) if any((folder / name).is_file() for name in names) else None

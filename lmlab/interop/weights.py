@@ -34,6 +34,11 @@ def flat_leaves(tree: Any) -> dict[str, Any]:
     return {".".join(str(key.key) for key in path): leaf for path, leaf in found}
 
 
+def model_parts(config: TransformerConfig, model_type: str) -> list[Part]:
+    """Every part of the parameters of a model, as the family names them."""
+    return parts_of(model_type, leaf_shapes(transformer(config))[0])
+
+
 def check_tensors(source: Source, parts: list[Part], tied: bool) -> None:
     """Names and shapes of all tensors of a source are those of the model, and a tied head is the embedding.
 

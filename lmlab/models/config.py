@@ -26,6 +26,8 @@ class RotaryConfig:
     """llama3: wavelengths below original_length / this are kept."""
     original_length: int = 8192
     """llama3: context length before the extension."""
+    skipped_layers: tuple[int, ...] = ()
+    """Layers that do not rotate, from 0 (SmolLM3: every fourth, arXiv 2501.18795)."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -121,6 +123,9 @@ class TransformerConfig:
               "Or set model.attention.head_dim.")  # fmt: skip
         check(kv_heads == 0 or (kv_heads > 0 and heads % kv_heads == 0), "model.attention.kv_heads", kv_heads,
               f"a divisor of model.attention.heads = {heads}, or 0 for all")  # fmt: skip
+        skipped = self.rotary.skipped_layers
+        check(all(0 <= layer < self.layers for layer in skipped), "model.rotary.skipped_layers", skipped,
+              f"layers from 0 to {self.layers - 1}")  # fmt: skip
         rotated = self.head_dim * self.rotary.fraction
         check(self.positions != "rotary" or int(rotated) % 2 == 0, "model.attention.head_dim", self.head_dim,
               "an even number of rotated coordinates (head_dim * rotary.fraction)")  # fmt: skip

@@ -35,6 +35,12 @@ def rotary_table(config: RotaryConfig, head_dim: int, positions_BT: Array) -> tu
     return jnp.cos(angles_BTR), jnp.sin(angles_BTR)
 
 
+def stand_still(table: tuple[Array, Array], still: Array) -> tuple[Array, Array]:
+    """The table of rotations by nothing where `still` (a scalar) holds, else the table."""
+    cos, sin = table
+    return jnp.where(still, 1, cos), jnp.where(still, 0, sin)
+
+
 def rotate(x_BTNH: Array, table: tuple[Array, Array], pairs: str) -> Array:
     """Turn each pair of the first R coordinates of every head by its angle, in float32; the rest pass."""
     cos, sin = (part[:, :, None, :] for part in table)

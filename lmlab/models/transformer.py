@@ -19,7 +19,7 @@ from lmlab.models.config import ExecutionConfig, TransformerConfig
 from lmlab.models.layers import INIT_STD, MLP, PROJECTION, Norm, SelfAttention, kernel_init
 from lmlab.models.lm import LM
 from lmlab.models.projection import look_up, project
-from lmlab.models.rotary import rotary_table
+from lmlab.models.rotary import rotary_table, stand_still
 
 Carry: TypeAlias = tuple[Array, KVCache | None]
 TABLE = ("vocab", "embed")
@@ -41,6 +41,8 @@ class Block(nn.Module):
         """X + attention(norm(x)), then x + mlp(norm(x)); or both from the same x if parallel."""
         config = self.config
         x_BTD, cache = carry
+        if table is not None and config.rotary.skipped_layers:
+            table = stand_still(table, jnp.any(layer == jnp.asarray(config.rotary.skipped_layers)))
         norm = lambda name: Norm(config.norm, config.norm_eps, name=name)
         attended_BTD, cache = SelfAttention(config, name="attention")(
             norm("attention_norm")(x_BTD), table, mask, cache, layer, places_BT

@@ -32,6 +32,7 @@ LMS: dict[str, Callable[[], LM]] = {
     "qwen2": lambda: tiny_lm(attention=AttentionConfig(heads=4, kv_heads=2, qkv_bias=True)),
     "qwen3": lambda: tiny_lm(attention=AttentionConfig(heads=4, kv_heads=1, head_dim=8, qk_norm=True)),
     "mistral": lambda: tiny_lm(attention=AttentionConfig(heads=4, kv_heads=2, window=3)),
+    "smollm3": lambda: tiny_lm(rotary=RotaryConfig(skipped_layers=(1,))),
     "gpt2": lambda: tiny_lm(
         positions="learned", norm="layer", attention=AttentionConfig(heads=4, qkv_bias=True, out_bias=True),
         mlp=MLPConfig(width=24, activation="gelu_tanh", bias=True),

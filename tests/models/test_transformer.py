@@ -100,6 +100,14 @@ def test_partial_rotation_passes_the_rest():
     assert jnp.all(turned[:, 1:, :, :4] != x[:, 1:, :, :4])
 
 
+def test_layers_that_do_not_rotate():
+    params = lively(tiny_lm().init(jax.random.key(0)))
+    hidden = lambda **changes: tiny_lm(**changes).apply(params, TOKENS)[0]
+    chex.assert_trees_all_equal(hidden(rotary=RotaryConfig(skipped_layers=(0, 1))), hidden(positions="none"))
+    outputs = [hidden(rotary=RotaryConfig(skipped_layers=skipped)) for skipped in ((), (0,), (1,), (0, 1))]
+    assert all(not np.allclose(a, b, atol=1e-3) for i, a in enumerate(outputs) for b in outputs[:i])
+
+
 def test_llama3_scaling_keeps_short_waves_and_slows_long_ones():
     config = RotaryConfig(base=500_000.0, scaling="llama3", factor=8.0, original_length=8192)
     plain, scaled = rotary_frequencies(RotaryConfig(base=500_000.0), 128), rotary_frequencies(config, 128)
@@ -115,6 +123,7 @@ def test_llama3_scaling_keeps_short_waves_and_slows_long_ones():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"rotary": RotaryConfig(skipped_layers=(2,))}, "skipped_layers = .*: expected layers from 0 to 1"),
         ({"width": 18}, "model.attention.heads = 4: expected a divisor of model.width = 18"),
         ({"attention": AttentionConfig(heads=4, kv_heads=3)}, "model.attention.kv_heads = 3"),
         ({"attention": AttentionConfig(heads=4, head_dim=3)}, "model.attention.head_dim = 3"),
