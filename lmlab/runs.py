@@ -8,14 +8,15 @@ import jax
 from lmlab.core.errors import UserError
 from lmlab.core.rng import key_for
 from lmlab.core.types import Params
-from lmlab.data.open import open_data
 from lmlab.data.tokenizers import TextTokenizer, load_tokenizer
 from lmlab.evals.perplexity import make_held_out
 from lmlab.models.lm import LM
-from lmlab.pretrain import build_lm, build_objective, compare, load_checkpoints
+from lmlab.pretrain import build_pieces
 from lmlab.recipe import Pretrain
 from lmlab.train.checkpoint import finish, restore_params
 from lmlab.train.folder import read_config
+from lmlab.train.parallel import Share
+from lmlab.training import build_lm, compare, load_checkpoints
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,8 @@ def load_run(folder: Path) -> LoadedRun:
 def evaluate_run(folder: Path) -> dict[str, float]:
     """Held-out values of a run's newest parameters on all of its held-out text, and bits per byte of baselines."""
     loaded = load_run(folder)
-    data = open_data(loaded.config.data, lookahead=1)
-    objective = build_objective(loaded.config, loaded.lm, loaded.tokenizer)
+    pieces = build_pieces(loaded.config, Share(0, 1))
     key = key_for(jax.random.key(loaded.config.train.seed), "held-out")
-    values = make_held_out(objective, data.heldout, key)(loaded.params)
-    scores = compare(loaded.config, values, data, folder)
+    values = make_held_out(pieces.objective, pieces.data.heldout, key)(loaded.params)
+    scores = compare(pieces, lambda: values, folder)
     return values | {f"bits_per_byte/{name}": value for name, value in scores.items() if name != "model"}
