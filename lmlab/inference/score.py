@@ -142,7 +142,7 @@ def _after_contexts(lm: LM, params: Params, pairs: Sequence[Pair], batch_tokens:
         groups.setdefault(width, []).append(indices)
     for width, members in sorted(groups.items(), reverse=True):
         for batch in _split(members, batch_tokens // width):
-            after = min(bucket(max(len(pairs[i][1]) for indices in batch for i in indices), 4), lm.max_length)
+            after = min(bucket(max(len(pairs[i][1]) for indices in batch for i in indices), 1), lm.max_length)
             shape = bucket(len(batch), 1), width
             tokens_BT, segments_BT = np.zeros((2, *shape), np.int32)
             for row, indices in enumerate(batch):
