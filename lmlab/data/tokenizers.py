@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -17,7 +18,9 @@ from lmlab.data.sources import Document
 
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[SEP]", "[EOS]")
 """Names that published tokenizers give to the token that ends a text, the usual ones first."""
-_RECORD, _MODEL = "text_tokenizer.json", "tokenizer.json"
+RECORD = "text_tokenizer.json"
+"""The file that says how a saved tokenizer is used."""
+_MODEL = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,14 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
         UserError: nothing was saved there.
     """
     try:
-        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise UserError("tokenizer", str(folder), f"a folder with a saved tokenizer ({_RECORD})") from error
+        raise UserError("tokenizer", str(folder), f"a folder with a saved tokenizer ({RECORD})") from error
     if record["kind"] == "bytes":
         return byte_tokenizer()
     # Records of the first runs do not have them.
     begin_ids, end_ids = (tuple(record[name]) if name in record else None for name in ("begin_ids", "end_ids"))
-    return wrap_tokenizer(_read(folder / _MODEL), record["end_token"], begin_ids, end_ids)
+    return wrap_tokenizer(read_tokenizer(folder / _MODEL), record["end_token"], begin_ids, end_ids)
 
 
 def byte_tokenizer() -> TextTokenizer:
@@ -103,7 +106,7 @@ def byte_tokenizer() -> TextTokenizer:
         return bytes(int(i) for i in ids if i < 256).decode(errors="replace")
 
     def save(folder: Path) -> None:
-        (folder / _RECORD).write_text(json.dumps({"kind": "bytes"}), encoding="utf-8")
+        (folder / RECORD).write_text(json.dumps({"kind": "bytes"}), encoding="utf-8")
 
     token_bytes_V = np.append(np.ones(256, np.float32), np.float32(0))
     return TextTokenizer(
@@ -127,7 +130,10 @@ def wrap_tokenizer(
     model.no_padding()
     end_id = model.get_vocab(with_added_tokens=True)[end_token]
     begin, ends = (end_id,) if begin_ids is None else begin_ids, end_ids or (end_id,)
-    serialised = model.to_str()
+    # The file says alone what texts begin with. The post-processor of its maker may also trim the places of tokens.
+    serialised = json.dumps(
+        json.loads(model.to_str()) | {"post_processor": _beginning(model, begin)}, ensure_ascii=False
+    )
     marked = tokenizers.Tokenizer.from_str(serialised)
     model.encode_special_tokens = True
 
@@ -146,7 +152,7 @@ def wrap_tokenizer(
 
     def save(folder: Path) -> None:
         (folder / _MODEL).write_text(serialised, encoding="utf-8")
-        (folder / _RECORD).write_text(json.dumps(record), encoding="utf-8")
+        (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
 
     vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
     fingerprint = hashlib.blake2b(f"{end_token}\n{serialised}".encode(), digest_size=16).hexdigest()
@@ -156,12 +162,25 @@ def wrap_tokenizer(
     )  # fmt: skip
 
 
+def _beginning(model: tokenizers.Tokenizer, begin_ids: tuple[int, ...]) -> dict[str, Any] | None:
+    """The post-processor that puts these tokens in front of a text, as tokenizer.json writes it."""
+    if not begin_ids:
+        return None
+    tokens = [model.id_to_token(i) for i in begin_ids]
+    front = [{"SpecialToken": {"id": token, "type_id": 0}} for token in tokens]
+    text, other = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    known = {t: {"id": t, "ids": [i], "tokens": [t]} for t, i in zip(tokens, begin_ids, strict=True)}
+    single = [*front, text]
+    return {"type": "TemplateProcessing", "single": single, "pair": [*single, other], "special_tokens": known}
+
+
 def _from_file(path: Path, end_token: str) -> TextTokenizer:
-    model = _read(path)
-    return wrap_tokenizer(model, _find_end_token(model, end_token, path))
+    model = read_tokenizer(path)
+    return wrap_tokenizer(model, find_end_token(model, end_token, path))
 
 
-def _read(path: Path) -> tokenizers.Tokenizer:
+def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    """A tokenizer.json as the library has it. Raises `UserError`: there is none, or it is something else."""
     if not path.is_file():
         raise UserError("data.tokenizer.path", str(path), "an existing tokenizer.json", "Check the path.")
     try:
@@ -173,7 +192,8 @@ def _read(path: Path) -> tokenizers.Tokenizer:
         ) from error  # fmt: skip
 
 
-def _find_end_token(model: tokenizers.Tokenizer, wanted: str, path: Path) -> str:
+def find_end_token(model: tokenizers.Tokenizer, wanted: str, path: Path) -> str:
+    """`wanted`, or if it is empty the first usual name, if the vocabulary holds it. Raises `UserError`: none."""
     for name in (wanted,) if wanted else END_TOKENS:
         if model.token_to_id(name) is not None:
             return name
