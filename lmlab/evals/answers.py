@@ -66,7 +66,7 @@ def read_number(answer: str) -> Fraction | None:
     """
     text = normalise(answer)
     left, equals, right = text.rpartition("=")
-    if equals and not re.search(r"[a-zA-Z]", left):
+    if equals and not re.search(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", left)):
         text = right.strip()
     # Square inches.
     text = re.sub(r"(?<![\\a-zA-Z])([a-zA-Z]{2,})\s*\^\s*(?:\d|\{\d\})$", r"\1", text)

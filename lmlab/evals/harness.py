@@ -23,6 +23,9 @@ from lmlab.models.lm import LM
 logger = logging.getLogger(__name__)
 MAX_GEN_TOKS = 256
 """Tokens written where a task does not say how many."""
+_SIZES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""Names that tasks give to the number of tokens; the first counts."""
+_FILTERS = ("temperature", "top_k", "top_p", "min_p")
 
 
 class Tokenizer(Protocol):
@@ -158,21 +161,23 @@ def generations(served: Served, requests: Sequence[tuple[str, Mapping[str, Any]]
 
 
 def sampling_config(arguments: Mapping[str, Any]) -> SamplingConfig:
-    """What the generation arguments of a task ask for. Raises `UserError` for those we cannot serve."""
-    from lm_eval.models.utils import normalize_gen_kwargs
+    """What the generation arguments of a task ask for. Raises `UserError` for those we cannot serve.
 
-    asked = dict(normalize_gen_kwargs(dict(arguments), MAX_GEN_TOKS))
-    until, size, sampled = asked.pop("until"), asked.pop("max_gen_toks"), asked.pop("do_sample")
-    if not sampled:
-        # Greedy decoding does not read them.
-        asked = {name: value for name, value in asked.items() if name not in ("temperature", "top_k", "top_p", "min_p")}
-        asked["temperature"] = 0.0
-    # Beams of one and a batch size change nothing.
-    asked = {name: value for name, value in asked.items() if value is not None and (name, value) != ("num_beams", 1)}
+    Texts are sampled if do_sample says so, or if it says nothing and the temperature is above 0.
+    """
+    asked = {name: value for name, value in arguments.items() if value is not None}
+    sizes = [asked.pop(name) for name in _SIZES if name in asked]
+    until = asked.pop("until", ())
+    stop = tuple(text for text in ((until,) if isinstance(until, str) else until) if text)
+    if not asked.pop("do_sample", float(asked.get("temperature", 0)) > 0):
+        # Greedy decoding reads none of them.
+        asked = {name: value for name, value in asked.items() if name not in _FILTERS} | {"temperature": 0.0}
+    if asked.get("num_beams") == 1:
+        del asked["num_beams"]
     known = {field.name for field in fields(SamplingConfig)} - {"max_new_tokens", "stop"}
     unknown = sorted(set(asked) - known)
-    check(not unknown, "gen_kwargs", unknown, f"only until, max_gen_toks, do_sample and {', '.join(sorted(known))}")
-    return SamplingConfig(**asked, max_new_tokens=size, stop=tuple(text for text in until if text))
+    check(not unknown, "gen_kwargs", unknown, f"until, do_sample, max_gen_toks, {', '.join(sorted(known))}")
+    return SamplingConfig(**asked, max_new_tokens=int((*sizes, MAX_GEN_TOKS)[0]), stop=stop)
 
 
 def chat_text(served: Served, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
