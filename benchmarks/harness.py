@@ -41,7 +41,7 @@ def run_task(model: Any, task: dict[str, Any], limit: int) -> dict[str, Any]:
     import lm_eval
 
     found = lm_eval.simple_evaluate(
-        model=model, tasks=[task], limit=limit, num_fewshot=0, log_samples=True, bootstrap_iters=0, verbosity="ERROR"
+        model=model, tasks=[task], limit=limit, num_fewshot=0, log_samples=True, bootstrap_iters=1, verbosity="ERROR"
     )
     (name,) = found["results"]
     return {"results": found["results"][name], "samples": sorted(found["samples"][name], key=lambda s: s["doc_id"])}
