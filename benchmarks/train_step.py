@@ -9,16 +9,14 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 
 import numpy as np
 
-from benchmarks import peers
+from benchmarks import arms, peers
 from lmlab.core.errors import UserError
 
 ARMS = ("lmlab", "torch_eager", "torch_compile", "nanodo_shape", "plain_jax")
@@ -60,46 +58,18 @@ def lmlab_step(seed: int) -> peers.Step:
     return step
 
 
-def work(arm: str, seed: int) -> int:
-    """One arm's process: for every line read, one step; answers its seconds and its loss."""
-    answers, sys.stdout = sys.stdout, sys.stderr
+def work(arm: str, seed: int) -> Callable[[str], tuple[float, float]]:
+    """One arm's process: for every line, one step; its seconds and its loss."""
     step = make_step(arm, seed)
     rng = np.random.default_rng(seed)
-    for _ in sys.stdin:
+
+    def answer(_: str) -> tuple[float, float]:
         tokens_BT = rng.integers(0, peers.VOCAB, (peers.BATCH, peers.SEQ_LEN + 1)).astype(np.int32)
         began = time.perf_counter()
         loss = step(tokens_BT)
-        print(time.perf_counter() - began, loss, file=answers, flush=True)
-    return 0
+        return time.perf_counter() - began, loss
 
-
-@dataclass(frozen=True)
-class Worker:
-    """A running arm."""
-
-    arm: str
-    process: subprocess.Popen[str]
-
-    def step(self) -> tuple[float, float]:
-        """Seconds and loss of one step. Raises `UserError` where the arm has died."""
-        stdin, stdout = self.process.stdin, self.process.stdout
-        if stdin is None or stdout is None:
-            raise RuntimeError("a worker talks through pipes")
-        try:
-            stdin.write("\n")
-            stdin.flush()
-            seconds, loss = stdout.readline().split()
-        except (BrokenPipeError, ValueError):
-            raise UserError("--arms", self.arm, "an arm that runs here", "Its own message is above.") from None
-        return float(seconds), float(loss)
-
-
-def start(arm: str, seed: int) -> Worker:
-    """Start one arm; its messages go to standard error."""
-    command = [sys.executable, "-m", "benchmarks.train_step", "--worker", arm, "--seed", str(seed)]
-    root = Path(__file__).resolve().parents[1]
-    pipe = subprocess.PIPE
-    return Worker(arm, subprocess.Popen(command, cwd=root, stdin=pipe, stdout=pipe, text=True))
+    return answer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -111,17 +81,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--worker", choices=ARMS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
-        return work(args.worker, args.seed)
-    workers = [start(arm, args.seed) for arm in args.arms]
+        arms.serve(lambda: work(args.worker, args.seed))
+        return 0
+    workers = [arms.start("benchmarks.train_step", arm, ["--seed", str(args.seed)]) for arm in args.arms]
     try:
         for worker in workers:
-            losses = [worker.step()[1] for _ in range(WARM_UP)]
-            print(f"{worker.arm:14s} first losses {' '.join(f'{loss:.4f}' for loss in losses)}", flush=True)
-        times: dict[str, list[float]] = {worker.arm: [] for worker in workers}
+            losses = [worker.ask()[1] for _ in range(WARM_UP)]
+            print(f"{worker.name:14s} first losses {' '.join(f'{loss:.4f}' for loss in losses)}", flush=True)
+        times: dict[str, list[float]] = {worker.name: [] for worker in workers}
         load = os.getloadavg()[0]
         for _ in range(args.rounds):
             for worker in workers:
-                times[worker.arm].append(worker.step()[0])
+                times[worker.name].append(worker.ask()[0])
     except UserError as error:
         print(f"train_step: {error}", file=sys.stderr)
         return 2

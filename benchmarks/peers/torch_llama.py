@@ -17,9 +17,9 @@ def make_step(seed: int, compiled: bool) -> peers.Step:
     Sets the process's torch thread count and torch's global seed.
     """
     torch, transformers = import_torch()
-    torch.set_num_threads(_core_count())
+    torch.set_num_threads(core_count())
     torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(_config(transformers)).train()
+    model = transformers.LlamaForCausalLM(llama_config(transformers)).train()
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=peers.LEARNING_RATE,
@@ -61,7 +61,8 @@ def import_torch() -> tuple[ModuleType, ModuleType]:
     return torch, transformers
 
 
-def _config(transformers: ModuleType):
+def llama_config(transformers: ModuleType):
+    """The sizes of every arm."""
     return transformers.LlamaConfig(
         vocab_size=peers.VOCAB,
         hidden_size=peers.WIDTH,
@@ -79,7 +80,8 @@ def _config(transformers: ModuleType):
     )
 
 
-def _core_count() -> int:
+def core_count() -> int:
+    """Cores that this process may use."""
     # The cores this process may use, where the system can say; containers are often given fewer.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -7,8 +7,10 @@ from lmlab.core.errors import check
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Filters are applied in this order: temperature, top_k, top_p, min_p."""
+    """Applied in this order: repetition_penalty, temperature, top_k, top_p, min_p."""
 
+    repetition_penalty: float = 1.0
+    """Makes tokens that were read or drawn before less probable where above 1 (arXiv 1909.05858)."""
     temperature: float = 1.0
     """Divides the logits; 0: always the most probable token."""
     top_k: int = 0
@@ -24,6 +26,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        check(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "a positive number")
         check(self.temperature >= 0, "temperature", self.temperature, "0 or more")
         check(self.top_k >= 0, "top_k", self.top_k, "0 or more")
         check(0 < self.top_p <= 1, "top_p", self.top_p, "a probability in (0, 1]")

@@ -1,10 +1,26 @@
 """Filters of logits as pure functions: what a filter removes gets -inf, and the best token always stays."""
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
 
 from lmlab.core.types import Array
 from lmlab.inference.config import SamplingConfig
+
+Processor: TypeAlias = Callable[[Array, Array, Array], Array]
+"""`processor(logits_BV, tokens_BS, length_B) -> logits_BV`: the logits of the next token as they are to be filtered,
+given the first `length` tokens of each row, prompt and all. Built once, since it is a part of what is compiled."""
+
+
+def penalise_repetition(logits_BV: Array, tokens_BS: Array, length_B: Array, penalty: float) -> Array:
+    """Logits of tokens that the row holds, divided by the penalty where positive, else times it (arXiv 1909.05858)."""
+    batch, vocab = logits_BV.shape
+    held_BS = jnp.arange(tokens_BS.shape[1])[None] < length_B[:, None]
+    rows = jnp.arange(batch)[:, None]
+    seen_BV = jnp.zeros((batch, vocab), bool).at[rows, jnp.where(held_BS, tokens_BS, vocab)].set(True, mode="drop")
+    return jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
 
 
 def keep_top_k(logits_BV: Array, k: int) -> Array:

@@ -72,6 +72,9 @@ class ExecutionConfig:
 
     unroll: int = 1
     """Layers per iteration of the scan over layers; 0: all of them (fastest step, longest compilation)."""
+    stacked: bool = True
+    """Parameters and caches of all layers in one array (compiles one layer once), or each layer's apart (decodes
+    faster on a CPU, which copies the layer in hand out of a stack)."""
     remat: Literal["none", "dots", "full"] = "none"
     """What a layer keeps for the backward pass: everything; its matmuls with weights; nothing but its input."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"

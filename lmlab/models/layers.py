@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lmlab.core.masking import AttentionMask
 from lmlab.core.types import Array
 from lmlab.models.attention import attention
-from lmlab.models.cache import KVCache, write
+from lmlab.models.cache import KVCache, read, write
 from lmlab.models.config import TransformerConfig
 from lmlab.models.projection import project
 from lmlab.models.rotary import rotate
@@ -97,7 +97,7 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(
         self, x_BTD: Array, table: tuple[Array, Array] | None, mask: AttentionMask,
-        cache: KVCache | None, layer: Array, places_BT: Array | None,
+        cache: KVCache | None, layer: int | Array, places_BT: Array | None,
     ) -> tuple[Array, KVCache | None]:  # fmt: skip
         """[B, T, D] -> [B, T, D]."""
         config, shape = self.config, self.config.attention
@@ -116,10 +116,7 @@ class SelfAttention(nn.Module):
             k_BTKH = rotate(k_BTKH, table, config.rotary.pairs)
         if cache is not None and places_BT is not None:
             cache = write(cache, layer, places_BT, k_BTKH, v_BTKH)
-            k_BTKH, v_BTKH = (
-                jax.lax.dynamic_index_in_dim(part, layer, keepdims=False).astype(x_BTD.dtype)
-                for part in (cache.keys_LBSKH, cache.values_LBSKH)
-            )
+            k_BTKH, v_BTKH = (part_BSKH.astype(x_BTD.dtype) for part_BSKH in read(cache, layer))
         out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask, config.execution.attention)
         std = INIT_STD / (2 * config.layers) ** 0.5
         out = Linear({"heads": shape.heads, "head_dim": size}, {"embed": config.width}, shape.out_bias, std, name="out")

@@ -66,6 +66,11 @@ class LM:
     beyond the last are dropped."""
     rewind: Callable[[Cache, Array], Cache]
     """`rewind(cache, length_B)`: all but the first `length_B` tokens of each row forgotten."""
+    resize: Callable[[Cache, int], Cache]
+    """`resize(cache, length)`: the same tokens, with room for `length` a row (no fewer than any row holds)."""
+    for_decoding: Callable[[Params], tuple["LM", Params]]
+    """`for_decoding(params) -> (lm, params)`: the same model in the form that draws tokens fastest on this machine,
+    perhaps with a copy of the parameters; always the same LM. Its caches are its own."""
     axes: Axes
     """Logical axis names by parameter: embed, heads, kv_heads, head_dim, ffn, vocab, positions, norm;
     layers and stack are batch axes (a stack of matrices, each one for itself)."""

@@ -1,5 +1,8 @@
 """The pre-norm decoder that covers Llama, Qwen, Mistral, GPT-2 and GPT-NeoX, as an LM record."""
 
+from dataclasses import replace
+from functools import cache as once
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -8,7 +11,7 @@ from flax import linen as nn
 
 from lmlab.core.errors import check
 from lmlab.core.masking import AttentionMask, self_attention_mask
-from lmlab.core.sharding import constrain
+from lmlab.core.sharding import constrain, platform
 from lmlab.core.types import Array, Key, Params
 from lmlab.models import cache as caches
 from lmlab.models.cache import KVCache
@@ -32,7 +35,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: Carry, layer: Array, table: tuple[Array, Array] | None, mask: AttentionMask,
+        self, carry: Carry, layer: int | Array, table: tuple[Array, Array] | None, mask: AttentionMask,
         places_BT: Array | None,
     ) -> tuple[Carry, None]:  # fmt: skip
         """X + attention(norm(x)), then x + mlp(norm(x)); or both from the same x if parallel."""
@@ -51,7 +54,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, the scan over layers, final norm. Parameters of the layers are stacked along a first axis."""
+    """Embedding, layers, final norm. Layers are a scan over parameters stacked along a first axis, or lie apart."""
 
     config: TransformerConfig
 
@@ -67,15 +70,7 @@ class Decoder(nn.Module):
                 kernel_init(("positions", "embed"), INIT_STD / 2),
                 (config.max_length, config.width),
             )
-        self.layers = nn.scan(
-            _remat(Block, config.execution),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=config.layers,
-            unroll=config.execution.unroll or config.layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(config)
+        self.layers = _layers(config)
         self.final_norm = Norm(config.norm, config.norm_eps)
 
     def embed(self, tokens_BT: Array) -> Array:
@@ -99,10 +94,30 @@ class Decoder(nn.Module):
             x_BTD = x_BTD + look_up(self.position_embedding, positions_BT, ("positions", "embed"), x_BTD.dtype)
         elif config.positions == "rotary":
             table = rotary_table(config.rotary, config.head_dim, positions_BT)
-        (x_BTD, cache), _ = self.layers(
-            (constrain(x_BTD, STREAM), cache), jnp.arange(config.layers), table, mask, places_BT
-        )
+        carry = constrain(x_BTD, STREAM), cache
+        if isinstance(self.layers, nn.Module):
+            carry, _ = self.layers(carry, jnp.arange(config.layers), table, mask, places_BT)
+        else:
+            for number, block in enumerate(self.layers):
+                carry, _ = block(carry, number, table, mask, places_BT)
+        x_BTD, cache = carry
         return self.final_norm(x_BTD), cache
+
+
+def _layers(config: TransformerConfig) -> Any:
+    """One module that scans over the layers, or a module for each."""
+    block = _remat(Block, config.execution)
+    if not config.execution.stacked:
+        return [block(config) for _ in range(config.layers)]
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+        length=config.layers,
+        unroll=config.execution.unroll or config.layers,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )(config)
 
 
 def _remat(block: type[Block], execution: ExecutionConfig) -> type[Block]:
@@ -156,17 +171,36 @@ def transformer(config: TransformerConfig) -> LM:
     def init_cache(batch: int, length: int) -> KVCache:
         _check_length(config, length)
         dtype = jnp.dtype(config.execution.compute_dtype)
-        return caches.empty_cache(config.layers, batch, length, config.kv_heads, config.head_dim, dtype)
+        return caches.empty_cache(
+            config.layers, batch, length, config.kv_heads, config.head_dim, dtype, config.execution.stacked
+        )
+
+    @once
+    def apart() -> LM:
+        return transformer(replace(config, execution=replace(config.execution, stacked=False)))
+
+    def for_decoding(params: Params) -> tuple[LM, Params]:
+        fast = config.execution.stacked and platform() == "cpu"
+        return (apart(), _lay_apart(params, config.layers)) if fast else (lm, params)
 
     names = nn.get_partition_spec(jax.eval_shape(boxed, jax.random.key(0)))
-    return LM(
+    lm = LM(
         config=config, vocab_size=config.vocab_size, max_length=config.max_length,
         init=lambda key: nn.unbox(boxed(key)), apply=apply,
         embed=lambda params, tokens_BT: run(params, tokens_BT, method="embed"),
         head=head, logits=logits, init_cache=init_cache, take_rows=caches.take_rows,
-        put_rows=caches.put_rows, rewind=caches.rewind,
+        put_rows=caches.put_rows, rewind=caches.rewind, resize=caches.resize, for_decoding=for_decoding,
         axes=jax.tree.map(tuple, names, is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec)),
     )  # fmt: skip
+    return lm
+
+
+@partial(jax.jit, static_argnums=1)
+def _lay_apart(params: Params, layers: int) -> Params:
+    """The parameters with those of each layer apart."""
+    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+    layer = lambda i: jax.tree.map(lambda x: x[i], params["layers"])
+    return rest | {f"layers_{i}": layer(i) for i in range(layers)}
 
 
 def _check_length(config: TransformerConfig, length: int) -> None:

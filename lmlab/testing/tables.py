@@ -19,6 +19,7 @@ from lmlab.testing.tiny import random_batch, tiny_cache, tiny_lm
 LMS: dict[str, Callable[[], LM]] = {
     "llama": tiny_lm,
     "llama_unrolled": lambda: tiny_lm(execution=ExecutionConfig(unroll=0)),
+    "llama_apart": lambda: tiny_lm(execution=ExecutionConfig(stacked=False)),
     "llama_remat": lambda: tiny_lm(execution=ExecutionConfig(remat="full")),
     "llama_remat_dots": lambda: tiny_lm(execution=ExecutionConfig(remat="dots")),
     "llama31": lambda: tiny_lm(

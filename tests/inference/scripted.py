@@ -18,15 +18,17 @@ def counting_lm(vocab: int = END + 1, max_length: int = 120) -> LM:
         del params, positions_BT, segments_BT, mask
         return jax.nn.one_hot((inputs + 1) % vocab, vocab), cache
 
-    return LM(
+    lm = LM(
         config=None, vocab_size=vocab, max_length=max_length, init=lambda key: {}, apply=apply,
         embed=lambda params, tokens_BT: tokens_BT, head=lambda params: params,
         logits=lambda params, hidden: 100.0 * hidden,
         init_cache=lambda batch, length: jnp.zeros((batch, length)),
         take_rows=lambda cache, rows_N: cache[rows_N],
         put_rows=lambda cache, rows_N, other: cache.at[rows_N].set(other), rewind=lambda cache, length_B: cache,
-        axes={},
+        resize=lambda cache, length: jnp.zeros((len(cache), length)), axes={},
+        for_decoding=lambda params: (lm, params),
     )  # fmt: skip
+    return lm
 
 
 class Letters:

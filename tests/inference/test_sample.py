@@ -8,8 +8,9 @@ from scripted import END, counting_lm
 
 from lmlab.core.errors import UserError
 from lmlab.inference.config import SamplingConfig
+from lmlab.inference.engine import bucket, decode
 from lmlab.inference.filters import filter_logits
-from lmlab.inference.sample import STRIDE, bucket, decode, sample
+from lmlab.inference.sample import STRIDE, sample
 from lmlab.testing.tiny import VOCAB, all_sequences, lively, sequence_logprobs, tiny_lm
 
 LM = tiny_lm(max_length=64)
@@ -57,7 +58,7 @@ def test_continuations_follow_the_exact_distribution(filters):
     else:
         exact = np.exp(np.asarray(sequence_logprobs(lm, params, whole, len(prompt))))
     assert np.isclose(exact.sum(), 1, atol=1e-5)
-    drawn = sample(lm, params, [ids(*prompt)] * rows, KEY, config)
+    drawn = sample(lm, params, [ids(*prompt)] * rows, KEY, config, rows=rows)
     codes = np.stack([one.tokens for one in drawn]) @ [9, 3, 1]
     seen = np.bincount(codes, minlength=27)
     assert not np.any(seen[exact == 0])
