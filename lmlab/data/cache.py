@@ -44,6 +44,8 @@ class TokenCache:
     """UTF-8 bytes of all texts."""
     fingerprint: str
     """Hash of the documents, the tokenizer and the format."""
+    labels_N: np.ndarray | None = None
+    """[N] bool which tokens count as labels; None: all."""
 
     @property
     def documents(self) -> int:

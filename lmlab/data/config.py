@@ -1,6 +1,7 @@
 """What to read, how to cut it into tokens, and how to lay it out in batches. Imports no JAX."""
 
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Literal
 
 from lmlab.core.errors import check
@@ -90,6 +91,9 @@ class TrainedBPE:
 Tokenizer = Bytes | TokenizerFile | TrainedBPE
 
 
+PackingMode = Literal["concat", "pad", "whole"]
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """A weighted mixture of sources, tokenised once into a cache, packed into rows."""
@@ -104,8 +108,9 @@ class DataConfig:
     """T: the tokens that the model reads in a row (rows carry further tokens that are only predicted)."""
     batch_size: int = 16
     """B: rows in a global batch, over all hosts."""
-    packing: Literal["concat", "pad"] = "concat"
-    """concat: documents one after the other, cut at row ends; pad: one document a row, the rest dropped."""
+    packing: PackingMode = "concat"
+    """concat: documents one after the other, cut at row ends; pad: one document a row, the rest dropped; whole: as many
+    documents as a row has room for, none divided, what is longer than a row dropped."""
     order: Literal["shuffled", "corpus"] = "shuffled"
     """Order of the documents before they are packed."""
     seed: int = 0
@@ -124,3 +129,51 @@ class DataConfig:
         for name, weight in self.weights.items():
             check(name in self.sources, "data.weights", name, f"names of sources: {', '.join(self.sources)}")
             check(weight > 0, f"data.weights[{name}]", weight, "a positive share")
+
+
+@dataclass(frozen=True)
+class ConversationsConfig:
+    """Conversations to learn the assistant's part of: .jsonl or .jsonl.gz, one a line, packed into rows.
+
+    A line is {"messages": [{"role", "content"}, ...]}, {"prompt", "completion"}, {"instruction", "input", "output"} as
+    Alpaca has it, or {"instruction", "context", "response"} as Dolly has it.
+    """
+
+    train: str
+    """Glob of the training files; ** matches folders."""
+    heldout: str = ""
+    """Glob of the held-out files. Empty: a share of the conversations is held out, by content hash."""
+    heldout_percent: int = 4
+    """That share, in percent."""
+    turns: Literal["all", "last"] = "all"
+    """Learn every answer of a conversation, or the last one alone."""
+    too_long: Literal["truncate", "drop"] = "truncate"
+    """What to do with a conversation longer than a row. One without an answer in what is left is dropped."""
+    invalid: Literal["error", "drop"] = "error"
+    """What to do with a line that is no conversation, or has no answer."""
+    date: str = "2024-07-26"
+    """The date that templates which ask for it are told: fixed, so that the data are the same on every day."""
+    length: int = 512
+    """T: the tokens that the model reads in a row (rows carry further tokens that are only predicted)."""
+    batch_size: int = 16
+    """B: rows in a global batch, over all hosts."""
+    seed: int = 0
+    """Seed of all orders of data."""
+    prefetch: int = 4
+    """Batches made ahead of the train step."""
+
+    def __post_init__(self) -> None:
+        """Check the date, and by `Files` and `DataConfig` what they share."""
+        try:
+            datetime.fromisoformat(self.date)
+        except ValueError:
+            check(False, "data.date", self.date, "a date such as 2024-07-26")
+        self.stream_config()
+
+    def stream_config(self) -> DataConfig:
+        """The same as a mixture of one source."""
+        source = Files(self.train, self.heldout, self.heldout_percent)
+        return DataConfig(
+            sources={"conversations": source}, length=self.length, batch_size=self.batch_size, packing="whole",
+            seed=self.seed, prefetch=self.prefetch,
+        )  # fmt: skip

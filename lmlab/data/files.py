@@ -6,8 +6,9 @@ import gzip
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal, cast
 
 from lmlab.core.errors import UserError
 from lmlab.data.config import Files
@@ -36,6 +37,22 @@ def file_documents(source: Files, split: Literal["train", "heldout"]) -> Iterato
         for document_id, text in _read(name, path, source):
             if source.heldout or is_heldout(text, source.heldout_percent) == (split == "heldout"):
                 yield document_id, text
+
+
+def file_records(source: Files, split: Literal["train", "heldout"]) -> Iterator[tuple[str, object]]:
+    """(file:line, value) of each line of JSON of a split; where no files are held out, a share of lines is, by hash.
+
+    Raises:
+        UserError: as `file_documents`; a file that is not lines of JSON.
+    """
+    for name, path in split_files(source, split):
+        if _kind(path) != "lines":
+            raise UserError("data.sources", str(path), "a .jsonl or .jsonl.gz file")
+        with _readable(path), _open(path) as handle:
+            for where, record in _read_json_lines(name, handle, source):
+                key = json.dumps(record, sort_keys=True)
+                if source.heldout or is_heldout(key, source.heldout_percent) == (split == "heldout"):
+                    yield where, record
 
 
 def split_files(source: Files, split: Literal["train", "heldout"]) -> list[tuple[str, Path]]:
@@ -88,25 +105,36 @@ def _kind(path: Path) -> Literal["parquet", "lines", "text"]:
 
 def _read(name: str, path: Path, source: Files) -> Iterator[tuple[str, str]]:
     kind = _kind(path)
-    try:
+    with _readable(path):
         if kind == "parquet":
             yield from _read_parquet(name, path, source)
-            return
-        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as handle:
-            if kind == "lines":
-                yield from _read_json_lines(name, handle, source)
-            else:
+        elif kind == "lines":
+            with _open(path) as handle:
+                for where, record in _read_json_lines(name, handle, source):
+                    yield where, _text_of(record, where, source)
+        else:
+            with _open(path) as handle:
                 yield name, _decode(handle.read(), name, 0, source)
+
+
+def _open(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, EOFError) as error:
         raise UserError("data.sources", str(path), f"a file that can be read ({error})") from error
 
 
-def _read_json_lines(name: str, handle: Iterable[bytes], source: Files) -> Iterator[tuple[str, str]]:
+def _read_json_lines(name: str, handle: Iterable[bytes], source: Files) -> Iterator[tuple[str, object]]:
     offset = 0
     for number, line in enumerate(handle, start=1):
         if line.strip():
             where = f"{name}:{number}"
-            yield where, _text_of(_parse(_decode(line, where, offset, source), where), where, source)
+            yield where, _parse(_decode(line, where, offset, source), where)
         offset += len(line)
 
 

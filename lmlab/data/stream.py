@@ -118,7 +118,7 @@ def _host_share(config: DataConfig, host: int, hosts: int) -> range:
 
 def _lay_out(config: DataConfig, cache: TokenCache, lookahead: int, order: np.ndarray | None) -> Packing:
     shape = {"length": config.length, "lookahead": lookahead}
-    return lay_out(cache.tokens_N, cache.offsets, **shape, mode=config.packing, order=order)
+    return lay_out(cache.tokens_N, cache.offsets, **shape, mode=config.packing, order=order, labels_N=cache.labels_N)
 
 
 def _document_order(config: DataConfig, name: str, cache: TokenCache) -> np.ndarray | None:

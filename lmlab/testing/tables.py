@@ -7,8 +7,11 @@ from typing import Any
 import optax
 
 from lmlab.core.types import Batch, Objective
-from lmlab.data.config import DataConfig, Files
+from lmlab.data.chat import ChatTemplate
+from lmlab.data.config import ConversationsConfig, DataConfig, Files
+from lmlab.data.conversations import encode_conversations
 from lmlab.data.stream import Stream, train_stream
+from lmlab.data.tokenizers import byte_tokenizer
 from lmlab.models.config import AttentionConfig, ExecutionConfig, MLPConfig, RotaryConfig
 from lmlab.models.lm import LM
 from lmlab.objectives.next_token import next_token
@@ -96,10 +99,21 @@ def _mixture(**changes: Any) -> Callable[[int, int], Stream]:
     return lambda host, hosts: train_stream(config, caches, host=host, hosts=hosts)
 
 
+def _conversations(host: int, hosts: int) -> Stream:
+    config = ConversationsConfig("chats", length=30, batch_size=4)
+    chats = [{"prompt": "a" * (i % 7), "completion": "b" * (i % 5 + 1)} for i in range(40)]
+    template = ChatTemplate("{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}", {})
+    records = ((f"chats:{i}", chat) for i, chat in enumerate(chats))
+    cache, _ = encode_conversations(records, config, byte_tokenizer(), template)
+    return train_stream(config.stream_config(), {"conversations": cache}, host=host, hosts=hosts)
+
+
 STREAMS: dict[str, Callable[[int, int], Stream]] = {
     "one_source": _mixture(sources={"a": Files("a")}, weights={}),
     "mixture": _mixture(),
     "one_document_a_row": _mixture(packing="pad"),
     "corpus_order": _mixture(order="corpus", seed=3),
+    "whole_documents": _mixture(packing="whole", length=50),
+    "conversations": _conversations,
 }
 """Every stream of lmlab, tiny: `build(host, hosts)` makes the part of one host; batches divide by 2 and 4."""

@@ -80,3 +80,49 @@ def test_tokens_beyond_16_bits_and_a_million_documents():
     row = row_at(packing, packing.rows - 1)
     assert row.tokens_T.tolist() == [999999, 999999, 0, 0, 0, 0]
     assert row_at(packing, 200_000).tokens_T.tolist() == [600_000] * 2 + [600_001] * 2 + [600_002] * 2
+
+
+def best_fit_decreasing(sizes: list[int], width: int) -> list[list[int]]:
+    """The rule in its plainest words."""
+    rows = []
+    for document in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        open_rows = [row for row in rows if sum(sizes[i] for i in row) + sizes[document] <= width]
+        fullest = max(open_rows, key=lambda row: sum(sizes[i] for i in row), default=None)
+        if fullest is None:
+            rows.append(fullest := [])
+        fullest.append(document)
+    return rows
+
+
+@pytest.mark.parametrize("width", [5, 9, 16])
+def test_whole_documents_share_rows_as_tightly_as_best_fit(width):
+    rng = np.random.default_rng(width)
+    sizes = rng.integers(1, 14, 60)
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    order = rng.permutation(60)[:50]
+    labels_N = rng.random(offsets[-1]) < 0.5
+    packing = lay_out(
+        np.arange(1, offsets[-1] + 1), offsets, length=width - 1, mode="whole", order=order, labels_N=labels_N
+    )
+    rows = [row_at(packing, r) for r in range(packing.rows)]
+    assert sorted(np.concatenate([row.documents for row in rows])) == sorted(order)
+    cut = [min(int(sizes[d]), width) for d in order]
+    plain = best_fit_decreasing(cut, width)
+    # Which of equally full rows is taken is left open.
+    assert sorted(sum(cut[i] for i in row) for row in plain) == sorted((row.segments_T > 0).sum() for row in rows)
+    for row in rows:
+        kept = [np.arange(offsets[d], offsets[d] + min(sizes[d], width)) for d in row.documents]
+        used = sum(map(len, kept))
+        assert row.tokens_T.tolist() == [*(np.concatenate(kept) + 1), *[0] * (width - used)]
+        assert row.label_mask_T.tolist() == [*labels_N[np.concatenate(kept)], *[False] * (width - used)]
+        assert row.segments_T[:used].tolist() == [k for k, part in enumerate(kept, 1) for _ in part]
+        assert row.positions_T[:used].tolist() == [i for part in kept for i in range(len(part))]
+
+
+def test_labels_follow_their_tokens_in_every_mode():
+    tokens_N, offsets = corpus()
+    for mode in ("concat", "pad", "whole"):
+        packing = lay_out(tokens_N, offsets, length=6, mode=mode, labels_N=tokens_N != 9)
+        for r in range(packing.rows):
+            row = row_at(packing, r)
+            assert row.label_mask_T.tolist() == ((row.tokens_T != 9) & (row.segments_T > 0)).tolist()
