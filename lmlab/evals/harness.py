@@ -72,8 +72,6 @@ class Served:
     HFLM takes the tokenizer's bos_token, also where it does not put that in front of texts."""
     batch_tokens: int = 4096
     """Places scored at a time."""
-    rows: int = 16
-    """Texts written side by side."""
     seed: int = 0
     """Of tasks that sample."""
 
@@ -149,14 +147,9 @@ def generations(served: Served, requests: Sequence[tuple[str, Mapping[str, Any]]
         config = sampling_config(requests[members[0]][1])
         codec = _Codec(served, served.lm.max_length - config.max_new_tokens)
         check(codec.room >= 1, "max_gen_toks", config.max_new_tokens, f"less than the context, {served.lm.max_length}")
-        # Longest first: what does not fit fails at once, and rows of like length are drawn together.
-        members = sorted(members, key=lambda i: -len(requests[i][0]))
-        for start in range(0, len(members), served.rows):
-            batch = members[start : start + served.rows]
-            contexts = [requests[i][0] for i in batch]
-            fresh = jax.random.fold_in(key, len(texts))
-            drawn = sample_text(served.lm, served.params, codec, contexts, fresh, config)
-            texts.update(zip(batch, [text for text, _ in drawn], strict=True))
+        fresh = jax.random.fold_in(key, len(texts))
+        drawn = sample_text(served.lm, served.params, codec, [requests[i][0] for i in members], fresh, config)
+        texts.update(zip(members, [text for text, _ in drawn], strict=True))
     return [texts[i] for i in range(len(requests))]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from lmlab.core.errors import check
 from lmlab.core.types import Array, Params
-from lmlab.inference.sample import bucket
+from lmlab.inference.engine import bucket
 from lmlab.models.lm import LM, Cache
 
 Pair: TypeAlias = tuple[np.ndarray, np.ndarray]

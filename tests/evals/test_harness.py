@@ -92,13 +92,13 @@ def test_generations_stop_where_the_task_says():
 
 
 ARGUMENTS = [
-    ({"until": "\n\n", "max_gen_toks": 5}, SamplingConfig(0.0, max_new_tokens=5, stop=("\n\n",))),
+    ({"until": "\n\n", "max_gen_toks": 5}, SamplingConfig(temperature=0.0, max_new_tokens=5, stop=("\n\n",))),
     ({"until": ["a", ""], "temperature": 0.5, "top_p": 0.9, "max_new_tokens": 7, "do_sample": True},
-     SamplingConfig(0.5, top_p=0.9, max_new_tokens=7, stop=("a",))),
-    ({"temperature": 0.5, "max_tokens": 3, "max_gen_toks": 4}, SamplingConfig(0.5, max_new_tokens=4)),
-    ({"do_sample": False, "temperature": 1.0, "top_k": 3, "num_beams": 1}, SamplingConfig(0.0)),
-    ({"do_sample": None, "until": None}, SamplingConfig(0.0)),
-    ({"do_sample": True}, SamplingConfig(1.0)),
+     SamplingConfig(temperature=0.5, top_p=0.9, max_new_tokens=7, stop=("a",))),
+    ({"temperature": 0.5, "max_tokens": 3, "max_gen_toks": 4}, SamplingConfig(temperature=0.5, max_new_tokens=4)),
+    ({"do_sample": False, "temperature": 1.0, "top_k": 3, "num_beams": 1}, SamplingConfig(temperature=0.0)),
+    ({"do_sample": None, "until": None}, SamplingConfig(temperature=0.0)),
+    ({"do_sample": True}, SamplingConfig(temperature=1.0)),
 ]  # fmt: skip
 
 
