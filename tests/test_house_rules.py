@@ -19,7 +19,7 @@ ALLOWED = {
     "retrieval": {"core"},
     "inference": {"core", "models.lm"},
     "train": {"core", "optim"},
-    "evals": {"core", "inference", "train"},
+    "evals": {"core", "models.lm", "inference", "train"},
     "report": {"core"},
     "interop": {"core", "models", "data", "inference.config"},
 }
