@@ -172,13 +172,18 @@ def generate(args: Generate) -> int:
 
 def evaluate(args: Eval) -> int:
     """Print values and what stands beside them."""
-    from lmlab.evaluation import evaluate_run, evaluate_tasks, evaluate_texts
-
     if args.tasks:
+        from lmlab.evaluation import evaluate_tasks
+
         print(evaluate_tasks(Path(args.model), args.tasks, args.limit, args.dtype))
-    for name, value in evaluate_texts(Path(args.model), args.texts, args.dtype).items():
-        print(f"{name:32s} {value:.4f}")
+    if args.texts:
+        from lmlab.evaluation import evaluate_texts
+
+        for name, value in evaluate_texts(Path(args.model), args.texts, args.dtype).items():
+            print(f"{name:32s} {value:.4f}")
     if not args.tasks and not args.texts:
+        from lmlab.runs import evaluate_run
+
         for name, value in evaluate_run(Path(args.model)).items():
             print(f"{name:16s} {value:.4f}")
     return 0
