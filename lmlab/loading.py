@@ -2,18 +2,12 @@
 
 from pathlib import Path
 
-from lmlab.core.serialize import CLASS
 from lmlab.interop.convert import convert
 from lmlab.interop.huggingface import save_pretrained
 from lmlab.interop.pretrained import Pretrained, load_pretrained
 from lmlab.interop.tokenizer_files import read_tokenizer_files
 from lmlab.runs import load_run
-from lmlab.train.folder import CONFIG, read_json
-
-
-def is_run(path: Path) -> bool:
-    """Whether this is a run folder; a folder of transformers has a config.json too."""
-    return (path / CONFIG).is_file() and CLASS in read_json(path / CONFIG)
+from lmlab.train.folder import is_run
 
 
 def load_model(path: Path, dtype: str = "float32") -> Pretrained:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import numpy as np
 
 from lmlab.core.errors import UserError, check
 from lmlab.core.types import Key
@@ -79,9 +80,12 @@ def draft_text(
     target: Pretrained, draft: Pretrained, prompts: Sequence[str], key: Key, config: SamplingConfig, ahead: int
 ) -> list[str]:
     """Continuations by speculative decoding. Raises `UserError` where the two cut text in different ways."""
-    codec = tokenizer_of(target)
-    check(codec.fingerprint == tokenizer_of(draft).fingerprint, "draft", "another tokenizer", "that of the model")
+    codec, other = tokenizer_of(target), tokenizer_of(draft)
     tokens = encode_prompts(codec, prompts)
+    same = np.array_equal(codec.token_bytes_V, other.token_bytes_V) and all(
+        map(np.array_equal, tokens, encode_prompts(other, prompts))
+    )
+    check(same, "draft", "another tokenizer", "that of the model")
     models = Model(target.lm, target.params), Model(draft.lm, draft.params)
     drawn = speculate(*models, tokens, key, config, ahead=ahead, end_ids=codec.end_ids).samples
     texts = (continuation(codec, prompt, one.tokens) for prompt, one in zip(tokens, drawn, strict=True))
