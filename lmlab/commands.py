@@ -172,20 +172,21 @@ def generate(args: Generate) -> int:
 
 def evaluate(args: Eval) -> int:
     """Print values and what stands beside them."""
+    values: dict[str, float] = {}
     if args.tasks:
         from lmlab.evaluation import evaluate_tasks
 
-        print(evaluate_tasks(Path(args.model), args.tasks, args.limit, args.dtype))
+        values |= evaluate_tasks(Path(args.model), args.tasks, args.limit, args.dtype)
     if args.texts:
         from lmlab.evaluation import evaluate_texts
 
-        for name, value in evaluate_texts(Path(args.model), args.texts, args.dtype).items():
-            print(f"{name:32s} {value:.4f}")
+        values |= evaluate_texts(Path(args.model), args.texts, args.dtype)
     if not args.tasks and not args.texts:
         from lmlab.runs import evaluate_run
 
-        for name, value in evaluate_run(Path(args.model)).items():
-            print(f"{name:16s} {value:.4f}")
+        values |= evaluate_run(Path(args.model))
+    for name, value in values.items():
+        print(f"{name:24s} {value:.4f}")
     return 0
 
 

@@ -21,20 +21,25 @@ def evaluate_texts(path: Path, texts: Sequence[str], dtype: str) -> dict[str, fl
     return {f"{name} {what}": value for name, found in values.items() for what, value in found.items()}
 
 
-def evaluate_tasks(path: Path, tasks: Sequence[str], limit: int, dtype: str) -> str:
-    """The table that lm-evaluation-harness prints for its tasks, by name or as .yaml files. Raises `UserError`."""
+def evaluate_tasks(path: Path, tasks: Sequence[str], limit: int, dtype: str) -> dict[str, float]:
+    """What lm-evaluation-harness finds of its tasks, by name or as .yaml files. Raises `UserError`."""
     check(limit >= 0, "--limit", limit, "0 or more")
     configs = [_task(name) for name in tasks]
     adapter = harness_model(served(load_model(path, dtype)))
     import lm_eval
-    from lm_eval.utils import make_table
 
     try:
         found = lm_eval.simple_evaluate(model=adapter, tasks=configs, limit=limit or None, verbosity="ERROR")
     except (KeyError, ValueError, OSError) as error:
         raise UserError("--tasks", list(tasks), f"tasks that lm_eval can run here ({error})",
                         "lm_eval ls tasks lists its own; those need their data sets.") from error  # fmt: skip
-    return str(make_table(found))
+    # Its keys are "metric,filter".
+    return {
+        f"{task} {metric.removesuffix(',none')}": value
+        for task, values in found["results"].items()
+        for metric, value in values.items()
+        if isinstance(value, float)
+    }
 
 
 def served(model: Pretrained) -> Served:
