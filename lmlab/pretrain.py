@@ -26,10 +26,10 @@ from lmlab.training import Outcome, Pieces, build_lm, train_run
 
 def pretrain(config: Pretrain, folder: Path, profile: tuple[int, int] | None = None) -> Outcome:
     """Train what the recipe says into a run folder, or go on with the run that is there. See `train_run`."""
-    return train_run(config, folder, partial(build_pieces, config), profile)
+    return train_run(config, folder, partial(pretrain_pieces, config), profile)
 
 
-def build_pieces(config: Pretrain, share: Share) -> Pieces:
+def pretrain_pieces(config: Pretrain, share: Share) -> Pieces:
     """The pieces of pre-training. Raises `UserError` for text or sizes that cannot be used."""
     data = open_data(config.data, lookahead=1, **share._asdict())
     config = replace(config, model=with_vocabulary(config.model, data.tokenizer))
