@@ -81,7 +81,11 @@ def draw(
     Row i is drawn with fold_in(key, i), whatever its neighbours. A row that fills the context ends there. Raises
     `UserError` for no prompt, an empty one, one that fills the context by itself, or tokens outside the vocabulary.
     """
+    check(rows >= 1, "rows", rows, "at least 1")
+    check(stride >= 1, "stride", stride, "at least 1")
     check_prompts(lm, prompts)
+    # One type, since equal prompts are known by their bytes.
+    prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
     lm, params = lm.for_decoding(params)
     limits = [min(len(prompt) + config.max_new_tokens, lm.max_length) for prompt in prompts]
     queue = deque(Row(i, *both) for i, both in enumerate(zip(prompts, limits, strict=True)))
@@ -115,7 +119,7 @@ def check_prompts(lm: LM, prompts: Sequence[np.ndarray]) -> None:
     check(some, "prompts", lengths, "at least one prompt, of at least one token each")
     check(max(lengths) < lm.max_length, "prompt", f"{max(lengths)} tokens",
           f"less than model.max_length = {lm.max_length}", "Shorten the prompt.")  # fmt: skip
-    for prompt in prompts:
+    for prompt in map(np.asarray, prompts):
         outside = prompt[(prompt < 0) | (prompt >= lm.vocab_size)]
         check(not len(outside), "prompt", outside[:1].tolist(), f"token ids from 0 to {lm.vocab_size - 1}")
 
@@ -132,7 +136,7 @@ def _admit(
     room = max(room, 0 if state is None else state.tokens_BS.shape[1])
     read = read_prompts(lm, params, list(unique.values()), room)
     if state is None:
-        state = idle(lm, len(slots), room)
+        state = idle(lm, len(slots), room, key)
     elif state.tokens_BS.shape[1] < room:
         state = resize(lm, state, room)
     # A power of two again: what is beyond goes to a slot that is not there.
@@ -151,7 +155,10 @@ def _admit(
 def _room(lm: LM, rows: Sequence[Row], lengths: Sequence[int], stride: int) -> int:
     """Places that rows of these lengths need for the next stride."""
     needed = max(min(length + stride, row.limit) for row, length in zip(rows, lengths, strict=True))
-    return min(bucket(needed, LEAST_ROOM), lm.max_length)
+    room = bucket(needed, LEAST_ROOM)
+    # Sizes in between, since a step reads every place of the cache.
+    room = room * 3 // 4 if room > LEAST_ROOM and needed <= room * 3 // 4 else room
+    return min(room, lm.max_length)
 
 
 def _make_room(lm: LM, state: Decoding, slots: Sequence[Row | None], stride: int) -> Decoding:
