@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import attention, checkpoint, gpu, loss, peers, scaling, timing, train_step
+from benchmarks import arms, attention, checkpoint, decode, gpu, loss, peers, scaling, timing, train_step
 from lmlab.core.errors import UserError
 from lmlab.models.flops import training_flops_per_token
 
@@ -42,9 +42,28 @@ def test_the_report_ends_in_tokens_per_second(capsys):
     assert "0.43x" in out
 
 
+def test_decoding_is_told_in_tokens_per_second_and_ratios(capsys):
+    seconds = {
+        "llama 8": {"lmlab": [1.0, 2.0, 1.5], "transformers": [4.0, 4.0, 4.5]},
+        "float32 1": {"lmlab": [1.0, 1.0], "transformers": [0.5, 0.5]},
+    }
+    decode.report(seconds)
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["lmlab_batch8"] == round(8 * decode.NEW / 1.5)
+    assert last["ratio_batch8"] == 3.0  # the median of 4, 2 and 3
+    assert last["float32_ratio_batch1"] == 0.5
+
+
+def test_our_arm_of_decoding_draws_what_it_is_asked(monkeypatch):
+    monkeypatch.setattr(decode, "NEW", 3)
+    for name, small in {"N_LAYERS": 1, "WIDTH": 32, "FFN": 32, "N_HEADS": 2, "VOCAB": 64}.items():
+        monkeypatch.setattr(peers, name, small)
+    assert len(decode.work("lmlab", "")("llama 2")) == 1
+
+
 def test_an_arm_that_dies_is_named(capsys, monkeypatch):
     dead = SimpleNamespace(stdin=io.StringIO(), stdout=io.StringIO(), kill=lambda: None)
-    monkeypatch.setattr(train_step, "start", lambda arm, seed: train_step.Worker(arm, dead))
+    monkeypatch.setattr(arms, "start", lambda module, name, options: arms.Arm(name, dead))
     assert train_step.main(["--arms", "lmlab"]) == 2
     assert "'lmlab'" in capsys.readouterr().err
 
@@ -60,11 +79,12 @@ def last_line(capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_make_bench_runs_all_but_the_gpu():
+def test_make_bench_runs_all_that_need_nothing():
     root = Path(__file__).resolve().parents[1]
     scripts = {path.stem for path in (root / "benchmarks").glob("*.py") if "__main__" in path.read_text()}
     called = re.findall(r"^\t\$\(BIN\)/python -m benchmarks\.(\w+)$", (root / "Makefile").read_text(), re.MULTILINE)
-    assert sorted(called) == sorted(scripts - {"gpu"})
+    # One needs a GPU, the other a model.
+    assert sorted(called) == sorted(scripts - {"gpu", "harness"})
 
 
 def test_arms_take_turns_and_the_first_round_is_not_counted(monkeypatch):

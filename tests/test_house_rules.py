@@ -19,14 +19,16 @@ ALLOWED = {
     "retrieval": {"core"},
     "inference": {"core", "models.lm"},
     "train": {"core", "optim"},
-    "evals": {"core", "inference", "train"},
+    "evals": {"core", "models.lm", "inference", "train"},
     "report": {"core"},
     "interop": {"core", "models", "data", "inference.config"},
 }
 """What the modules of a package may import of lmlab besides their own package; all may read the version."""
-FREE = {"cli", "plan", "pretrain", "recipe", "runs"}
+FREE = {
+    "cli", "commands", "evaluation", "finetune", "loading", "plan", "pretrain", "recipe", "runs", "talk", "training",
+}  # fmt: skip
 """Modules that put the parts together, and import any of them; nothing but `testing` and they import them."""
-LIGHT = re.compile(r"^lmlab(\.cli|\.recipe|\.core\.errors|\.core\.serialize|(\.\w+)*\.config)$")
+LIGHT = re.compile(r"^lmlab(\.cli|\.commands|\.recipe|\.core\.errors|\.core\.serialize|(\.\w+)*\.config)$")
 """Modules that the command line loads to print its help."""
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "tensorflow_datasets", "matplotlib", "numpy"}
 FILE_LINES, FUNCTION_LINES = 300, 50
@@ -164,7 +166,7 @@ def too_long(name, source):
 
 def prints(name, tree):
     """Calls of print outside of the command line. A function `say` prints: it is what callers may replace."""
-    if name == "lmlab.cli":
+    if name in ("lmlab.cli", "lmlab.commands"):
         return []
     spoken = {id(node) for f in ast.walk(tree) if isinstance(f, Functions) and f.name == "say" for node in ast.walk(f)}
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and id(node) not in spoken]

@@ -46,7 +46,7 @@ RUDE = [
     Rude("another model in the folder", ("model.width was 16, now 32",), (*RUN, "--model.width", "32"), fresh=False),
     Rude("steps to profile that the run lacks", ("profile = '5:7'", "LAST <= 6"), (*RUN, "--profile", "5:7")),
     Rude("steps to profile backwards", ("profile = '3:2'", "FIRST:LAST"), (*RUN, "--profile", "3:2")),
-    Rude("no run there", ("run folder", "config.json"), ("generate", "nowhere")),
+    Rude("no run there", ("run folder", "config.json"), ("eval", "nowhere")),
     Rude("no run to report", ("run folder", "config.json"), ("report", "nowhere")),
     Rude("negative temperature", ("temperature", "-1"), ("generate", "out", "--temperature", "-1"), fresh=False),
     Rude("a bucket that is not mounted", ("--out", "gs://"), ("run", "tiny.py", "--out", "gs://bucket/run")),

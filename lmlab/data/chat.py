@@ -53,6 +53,11 @@ def render(
     return text
 
 
+def encode_chat_prompt(template: ChatTemplate, tokenizer: TextTokenizer, messages: Messages) -> np.ndarray:
+    """A chat up to where the assistant is to answer, int32 ids [T]. Raises `UserError` as `render`."""
+    return tokenizer.encode_marked(render(template, messages, add_generation_prompt=True))[0]
+
+
 def encode_chat(
     template: ChatTemplate, tokenizer: TextTokenizer, messages: Messages, *, turns: Literal["all", "last"] = "all",
     now: datetime | None = None,

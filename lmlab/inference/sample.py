@@ -155,7 +155,10 @@ def _admit(
 def _room(lm: LM, rows: Sequence[Row], lengths: Sequence[int], stride: int) -> int:
     """Places that rows of these lengths need for the next stride."""
     needed = max(min(length + stride, row.limit) for row, length in zip(rows, lengths, strict=True))
-    return min(bucket(needed, LEAST_ROOM), lm.max_length)
+    room = bucket(needed, LEAST_ROOM)
+    # Sizes in between, since a step reads every place of the cache.
+    room = room * 3 // 4 if room > LEAST_ROOM and needed <= room * 3 // 4 else room
+    return min(room, lm.max_length)
 
 
 def _make_room(lm: LM, state: Decoding, slots: Sequence[Row | None], stride: int) -> Decoding:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from lmlab.core.errors import UserError, check
 from lmlab.core.types import Params
+from lmlab.data.chat import ChatTemplate
+from lmlab.data.tokenizers import TextTokenizer
 from lmlab.interop.families import read_config
 from lmlab.interop.huggingface import CONFIG, open_folder
 from lmlab.interop.source import Source
@@ -47,6 +49,22 @@ def load_pretrained(
     config = replace(read_config(source.config), execution=execution)
     check_vocabulary(source, config, text)
     return Pretrained(config, transformer(config), load_params(source, config, dtype=dtype, place=place), text)
+
+
+def tokenizer_of(model: Pretrained) -> TextTokenizer:
+    """The tokenizer of a model. Raises `UserError` if its files have none."""
+    if model.text is None:
+        raise UserError("model", "no tokenizer", "a model with a tokenizer beside its weights",
+                        "Put its tokenizer.json into the folder.")  # fmt: skip
+    return model.text.tokenizer
+
+
+def chat_of(model: Pretrained) -> ChatTemplate:
+    """The chat template of a model. Raises `UserError` if its files have none."""
+    if model.text is None or model.text.chat is None:
+        raise UserError("model", "no chat template", "a model that was tuned for chats",
+                        "Put a chat_template.jinja into its folder, or continue texts without --chat.")  # fmt: skip
+    return model.text.chat
 
 
 def check_vocabulary(source: Source, config: TransformerConfig, text: TokenizerFiles | None) -> None:

@@ -1,8 +1,7 @@
 """The pre-norm decoder that covers Llama, Qwen, Mistral, GPT-2 and GPT-NeoX, as an LM record."""
 
 from dataclasses import replace
-from functools import cache as once
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, TypeAlias
 
 import jax
@@ -126,8 +125,12 @@ def _remat(block: type[Block], execution: ExecutionConfig) -> type[Block]:
     if execution.remat == "none":
         return block
     policies = {"dots": jax.checkpoint_policies.save_only_these_names(PROJECTION), "full": None}
-    # Inside a scan nothing can merge the recomputation with the forward pass, so no barrier is needed.
-    return nn.remat(block, policy=policies[execution.remat], prevent_cse=False)
+    # Inside a scan nothing can merge the recomputation with the forward pass, so no barrier is needed; outside of it
+    # the layer's number is an int, and stays one.
+    static = () if execution.stacked else (2,)
+    return nn.remat(
+        block, policy=policies[execution.remat], prevent_cse=not execution.stacked, static_argnums=static
+    )  # fmt: skip
 
 
 def transformer(config: TransformerConfig) -> LM:
@@ -151,15 +154,7 @@ def transformer(config: TransformerConfig) -> LM:
         if positions_BT is None:
             start = jnp.zeros((batch, 1), jnp.int32) if cache is None else cache.length_B[:, None]
             positions_BT = start + jnp.arange(length, dtype=jnp.int32)[None]
-        places_BT = None
-        window = config.attention.window or None
-        if cache is not None:
-            if segments_BT is None:
-                segments_BT = jnp.ones((batch, length), jnp.int32)
-            cache, places_BT = caches.claim_places(cache, positions_BT, segments_BT)
-            default = AttentionMask(positions_BT, cache.positions_BS, segments_BT, cache.segments_BS, window=window)
-        else:
-            default = self_attention_mask(positions_BT, segments_BT, window=window)
+        default, cache, places_BT = _seen(config, cache, positions_BT, segments_BT)
         return run(params, inputs, positions_BT, mask or default, cache, places_BT)
 
     def head(params: Params) -> Params:
@@ -177,13 +172,10 @@ def transformer(config: TransformerConfig) -> LM:
             config.layers, batch, length, config.kv_heads, config.head_dim, dtype, config.execution.stacked
         )
 
-    @once
-    def apart() -> LM:
-        return transformer(replace(config, execution=replace(config.execution, stacked=False)))
-
     def for_decoding(params: Params) -> tuple[LM, Params]:
-        fast = config.execution.stacked and platform() == "cpu"
-        return (apart(), _lay_apart(params, config.layers)) if fast else (lm, params)
+        if not config.execution.stacked or platform() != "cpu":
+            return lm, params
+        return _apart(config), _lay_apart(params, config.layers)
 
     names = nn.get_partition_spec(jax.eval_shape(boxed, jax.random.key(0)))
     lm = LM(
@@ -195,6 +187,26 @@ def transformer(config: TransformerConfig) -> LM:
         axes=jax.tree.map(tuple, names, is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec)),
     )  # fmt: skip
     return lm
+
+
+def _seen(
+    config: TransformerConfig, cache: KVCache | None, positions_BT: Array, segments_BT: Array | None
+) -> tuple[AttentionMask, KVCache | None, Array | None]:  # fmt: skip
+    """The causal mask; with a cache over all that it holds, the cache with the tokens entered, and their places."""
+    window = config.attention.window or None
+    if cache is None:
+        return self_attention_mask(positions_BT, segments_BT, window=window), None, None
+    if segments_BT is None:
+        segments_BT = jnp.ones(positions_BT.shape, jnp.int32)
+    cache, places_BT = caches.claim_places(cache, positions_BT, segments_BT)
+    mask = AttentionMask(positions_BT, cache.positions_BS, segments_BT, cache.segments_BS, window=window)
+    return mask, cache, places_BT
+
+
+@lru_cache
+def _apart(config: TransformerConfig) -> LM:
+    """The same model with each layer's parameters apart; nothing is differentiated, so nothing is computed again."""
+    return transformer(replace(config, execution=replace(config.execution, stacked=False, remat="none")))
 
 
 @partial(jax.jit, static_argnums=1)

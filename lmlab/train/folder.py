@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lmlab.core.errors import UserError
-from lmlab.core.serialize import from_json, to_json
+from lmlab.core.serialize import CLASS, from_json, to_json
 
 LOCK, CONFIG = ".lock", "config.json"
 
@@ -60,9 +60,14 @@ def settle_config(folder: Path, config: Any, free: tuple[str, ...] = ()) -> None
 
 def read_config(folder: Path) -> Any:
     """The config of a run folder. Raises `UserError` if there is none."""
-    if not (folder / CONFIG).is_file():
+    if not is_run(folder):
         raise UserError("run folder", str(folder), f"the folder of a run, with its {CONFIG}")
     return from_json(read_json(folder / CONFIG))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether this is a run folder; a folder of transformers has a config.json too."""
+    return (folder / CONFIG).is_file() and CLASS in read_json(folder / CONFIG)
 
 
 def read_json(path: Path) -> Any:

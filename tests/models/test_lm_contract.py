@@ -127,8 +127,12 @@ def test_cache_drops_padding_beyond_its_room_and_grows(made):
 
 def test_rows_put_in_leave_the_others_as_they_are(made):
     lm, _ = made
-    number = lambda x: (jnp.arange(x.size) + len(x)).reshape(x.shape).astype(x.dtype)
-    cache, other = (jax.tree.map(number, lm.init_cache(rows, 5)) for rows in (3, 4))
+
+    def number(rows, start):
+        count = lambda x: jnp.arange(start, start + x.size).reshape(x.shape).astype(x.dtype)
+        return jax.tree.map(count, lm.init_cache(rows, 5))
+
+    cache, other = number(3, 0), number(4, 7)
     # Many rows beyond the last, and the only one that is not.
     found = lm.put_rows(cache, jnp.asarray([3, 3, 1, 4]), other)
     chex.assert_trees_all_equal(lm.take_rows(found, jnp.asarray([0, 2])), lm.take_rows(cache, jnp.asarray([0, 2])))

@@ -32,6 +32,27 @@ def test_execution_changes_no_number(execution):
     chex.assert_trees_all_close(value(plain), value(other), atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+def test_layers_that_lie_apart_are_the_same_model(remat):
+    stacked = tiny_lm(layers=4, execution=ExecutionConfig(remat=remat))
+    apart = tiny_lm(layers=4, execution=ExecutionConfig(remat=remat, stacked=False))
+    params = lively(stacked.init(jax.random.key(0)))
+    alone = stacked.for_decoding(params)[1]
+    value = lambda lm, p: jax.jit(jax.value_and_grad(lambda p: jnp.sum(jnp.sin(lm.apply(p, TOKENS)[0]))))(p)
+    (loss, slopes), (same, slopes_apart) = value(stacked, params), value(apart, alone)
+    chex.assert_trees_all_close(loss, same, atol=1e-4, rtol=1e-5)
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(slopes_apart[f"layers_{i}"] for i in range(4)))
+    chex.assert_trees_all_close(slopes["layers"], together, atol=1e-4, rtol=1e-4)
+
+
+def test_the_form_for_decoding_is_built_once():
+    lm = tiny_lm()
+    params = lm.init(jax.random.key(0))
+    (one, split), (again, _) = lm.for_decoding(params), lm.for_decoding(params)
+    assert one is again
+    assert one.for_decoding(split) == (one, split)
+
+
 def test_remat_keeps_less():
     def kept(remat: str) -> int:
         lm = tiny_lm(layers=8, execution=ExecutionConfig(remat=remat))

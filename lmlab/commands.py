@@ -1,0 +1,285 @@
+"""The commands of the command line: their options, and what they do. JAX is imported inside of them, so that help is
+there at once.
+"""
+
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from lmlab.core.errors import UserError, check
+from lmlab.inference.config import SamplingConfig
+from lmlab.recipe import Pretrain, load_recipe
+from lmlab.train.config import HostsConfig
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Train what a recipe says; any field of it can be overridden. Run the same command again to go on."""
+
+    recipe: tyro.conf.Positional[str]
+    """A Python file with a function recipe(), or the name of one in ./configs."""
+    out: str = ""
+    """Run folder; empty: runs/NAME."""
+    profile: str = ""
+    """FIRST:LAST: trace these steps (profile/ in the run folder) and tell which operations took their time."""
+    config: Annotated[Pretrain, tyro.conf.arg(name="")] = field(default_factory=Pretrain)
+    hosts: HostsConfig = field(default_factory=HostsConfig)
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue texts with any model, or talk with it."""
+
+    model: tyro.conf.Positional[str]
+    """Run folder, folder of transformers (config.json, safetensors), .gguf file, or .bin of llama2.c."""
+    prompt: tuple[str, ...] = ("",)
+    """Beginnings of documents, or with --chat what is said first."""
+    chat: bool = False
+    """Talk in the terminal, as the model's chat template says; with --prompt it answers each once and ends."""
+    system: str = ""
+    """With --chat: the system message."""
+    samples: int = 1
+    """Continuations of each prompt."""
+    draft: str = ""
+    """A smaller model of the same tokenizer that drafts (speculative decoding); what is drawn stays as probable."""
+    ahead: int = 4
+    """Tokens that it drafts at once."""
+    seed: int = 0
+    """Seed of the samples."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the parameters, except those of a run, which keep theirs."""
+    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: SamplingConfig(temperature=0.8, top_p=0.95)
+    )
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Measure a run on its held-out text beside n-grams and xz, or any model on texts or tasks."""
+
+    model: tyro.conf.Positional[str]
+    """Run folder, folder of transformers, .gguf file, or .bin of llama2.c."""
+    texts: tuple[str, ...] = ()
+    """Text files: perplexity and bits per byte of each as one text."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of EleutherAI's lm-evaluation-harness, by name or as .yaml files (needs the extra `harness`)."""
+    limit: int = 0
+    """Items of each task; 0: all."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the parameters, except those of a run, which keep theirs."""
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Write any model as a folder of transformers: config.json, safetensors, tokenizer."""
+
+    source: tyro.conf.Positional[str]
+    """Run folder, folder of transformers, .gguf file, or .bin of llama2.c."""
+    target: tyro.conf.Positional[str]
+    """The folder to write; it must not exist, or be empty."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights in it."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write report.html and the plots of a run folder anew."""
+
+    run: tyro.conf.Positional[str]
+    """Run folder."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tell what a recipe needs and how long a step takes on devices that are not there; nothing is computed."""
+
+    recipe: tyro.conf.Positional[str]
+    """A Python file with a function recipe(), or the name of one in ./configs."""
+    mesh: str = ""
+    """DATAxFSDPxTENSOR or DATAxFSDPxCONTEXTxTENSOR, such as 8x4x2; empty: the recipe's."""
+    chip: str = "v5e"
+    """v4, v5e, v5p, v6e, a100, h100 or h200."""
+    compiler: Literal["auto", "tpu", "cpu", "none"] = "auto"
+    """tpu: libtpu compiles the step for the chip; cpu: this machine's compiler; none: the estimate alone; auto: tpu
+    where libtpu is installed and makes programs for the chip, else none."""
+    mfu: float = 0.4
+    """Share of the peak that the step is assumed to reach while it computes."""
+    config: Annotated[Pretrain, tyro.conf.arg(name="")] = field(default_factory=Pretrain)
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Tell what this machine has: versions, devices, caches, and whether a computation works."""
+
+    config: str = ""
+    """A recipe: tell instead where its parameters lie on a mesh, which does not have to be there."""
+    mesh: str = ""
+    """DATAxFSDPxTENSOR or DATAxFSDPxCONTEXTxTENSOR, such as 8x4x2; empty: the recipe's."""
+
+
+def run(args: Run) -> int:
+    """Train; the exit code is that of `train`."""
+    from lmlab.pretrain import pretrain
+
+    steps, name = args.config.train.steps, Path(args.recipe).stem
+    return train(partial(pretrain, args.config), steps, args.out or str(RUNS / name), args.profile, args.hosts)
+
+
+def train(method: Callable[[Path, Any], Any], steps: int, out: str, profile: str, hosts: HostsConfig) -> int:
+    """Let a method train into the folder `out`; 0 when finished, 130 or 143 when interrupted by SIGINT or SIGTERM.
+
+    method: `method(folder, profile) -> Outcome`.
+    """
+    from lmlab.report.profile import parse_steps
+    from lmlab.train.hosts import is_first, join
+
+    traced = parse_steps(profile, steps)
+    check("://" not in out, "--out", out, "a folder of this machine", "Mount the bucket and name its folder.")
+    join(hosts)
+    outcome = method(Path(out), traced)
+    if is_first() and outcome.bits_per_byte:
+        print("\nheld-out bits per byte (lower is better)")
+        for name, value in sorted(outcome.bits_per_byte.items(), key=lambda item: -item[1]):
+            print(f"  {name:8s} {value:.3f}")
+    if is_first():
+        print(f"\nreport  {(outcome.folder / 'report.html').resolve()}")
+    return 128 + signal.Signals[outcome.stopped_by] if outcome.stopped_by else 0
+
+
+def generate(args: Generate) -> int:
+    """Print each prompt with its continuations, or talk."""
+    import jax
+
+    from lmlab.inference.text import sample_text
+    from lmlab.interop.pretrained import tokenizer_of
+    from lmlab.loading import load_model
+    from lmlab.talk import draft_text, talk
+
+    check(args.samples >= 1, "samples", args.samples, "at least 1")
+    model = load_model(Path(args.model), args.dtype)
+    key = jax.random.key(args.seed)
+    if args.chat:
+        check(not args.draft, "--draft", args.draft, "no draft model with --chat")
+        talk(model, [prompt for prompt in args.prompt if prompt], args.system, key, args.sampling)
+        return 0
+    prompts = [prompt for prompt in args.prompt for _ in range(args.samples)]
+    if args.draft:
+        texts = draft_text(model, load_model(Path(args.draft), args.dtype), prompts, key, args.sampling, args.ahead)
+    else:
+        codec = tokenizer_of(model)
+        texts = [text for text, _ in sample_text(model.lm, model.params, codec, prompts, key, args.sampling)]
+    for prompt, text in zip(prompts, texts, strict=True):
+        print(f"{prompt}{text}")
+    return 0
+
+
+def evaluate(args: Eval) -> int:
+    """Print values and what stands beside them."""
+    values: dict[str, float] = {}
+    if args.tasks:
+        from lmlab.evaluation import evaluate_tasks
+
+        values |= evaluate_tasks(Path(args.model), args.tasks, args.limit, args.dtype)
+    if args.texts:
+        from lmlab.evaluation import evaluate_texts
+
+        values |= evaluate_texts(Path(args.model), args.texts, args.dtype)
+    if not args.tasks and not args.texts:
+        from lmlab.evaluation import evaluate_run
+
+        values |= evaluate_run(Path(args.model))
+    for name, value in values.items():
+        print(f"{name:24s} {value:.4f}")
+    return 0
+
+
+def convert(args: Convert) -> int:
+    """Write the folder."""
+    from lmlab.loading import export
+
+    export(Path(args.source), Path(args.target), args.dtype)
+    print(Path(args.target).resolve())
+    return 0
+
+
+def report(args: Report) -> int:
+    """Print where the report is."""
+    from lmlab.report.page import write_report
+    from lmlab.train.folder import read_config
+
+    read_config(Path(args.run))
+    print(write_report(Path(args.run)).resolve())
+    return 0
+
+
+def plan(args: Plan) -> int:
+    """Print the plan. The devices of this machine are not touched: shapes are traced on its CPU."""
+    import os
+
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from lmlab.plan.command import plan
+
+    print(plan(args.config, args.mesh, args.chip, args.compiler, args.mfu))
+    return 0
+
+
+def shardings(args: Doctor) -> int:
+    """Print where the parameters of a recipe lie."""
+    import os
+
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from lmlab.plan.command import shardings
+
+    print(shardings(load_recipe(args.config)[1], args.mesh))
+    return 0
+
+
+def doctor(args: Doctor) -> int:
+    """Print versions and devices, and try a matmul on each device; or, of a recipe, the table of shardings."""
+    if args.config:
+        return shardings(args)
+    if args.mesh:
+        raise UserError("mesh", args.mesh, "a recipe beside it", "Add --config RECIPE.")
+    import time
+
+    import jax
+    import jax.numpy as jnp
+
+    from lmlab.core.runtime import cache_folder
+    from lmlab.report.environment import describe_environment
+    from lmlab.train.device import peak_flops
+
+    for name, value in describe_environment().items():
+        print(f"{name:20s} {value}")
+    print(f"{'cache':20s} {cache_folder()}")
+    for dtype in ("float32", "bfloat16"):
+        x = jnp.ones((1024, 1024), dtype)
+        square = jax.jit(lambda x: x @ x)
+        square(x).block_until_ready()
+        start = time.perf_counter()
+        for _ in range(10):
+            y = square(x)
+        y.block_until_ready()
+        rate = 10 * 2 * 1024**3 / (time.perf_counter() - start)
+        peak = peak_flops(dtype)
+        known = f"of {peak / 1e12:.0f}" if peak else "(peak not known)"
+        print(f"{dtype + ' matmul':20s} {rate / 1e12:.3f} TFLOP/s {known}")
+    return 0
+
+
+COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
+    "run": (Run, run),
+    "generate": (Generate, generate),
+    "eval": (Eval, evaluate),
+    "convert": (Convert, convert),
+    "report": (Report, report),
+    "plan": (Plan, plan),
+    "doctor": (Doctor, doctor),
+}
