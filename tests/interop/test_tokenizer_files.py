@@ -94,7 +94,10 @@ def test_ends_of_generation_come_first(folder):
         ({"eos_token_id": 260}, None),
         ({"do_sample": False, "temperature": 0.7}, SamplingConfig(temperature=0.0)),
         ({"do_sample": True}, SamplingConfig()),
-        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20}, SamplingConfig(0.6, 20, 0.9)),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20},
+            SamplingConfig(temperature=0.6, top_k=20, top_p=0.9),
+        ),
         ({"do_sample": True, "temperature": None, "max_new_tokens": 7}, SamplingConfig()),
     ],
 )
