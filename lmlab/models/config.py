@@ -86,8 +86,8 @@ class ExecutionConfig:
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
-    """Pre-norm decoder. The defaults make a small Llama; fields cover Qwen, Mistral, GPT-2 and GPT-NeoX."""
+class DecoderConfig:
+    """What decoders have in common, whatever their layers are."""
 
     vocab_size: int = 0
     """V; 0: as many as the tokenizer has. More pads the table, for instance to a multiple of the devices."""
@@ -105,10 +105,7 @@ class TransformerConfig:
     """Added inside the root."""
     tied: bool = True
     """Share the embedding with the unembedding."""
-    parallel_residual: bool = False
-    """Attention and feed-forward read the same input (GPT-NeoX)."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
-    mlp: MLPConfig = field(default_factory=MLPConfig)
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
@@ -141,8 +138,38 @@ class TransformerConfig:
         return self.attention.kv_heads or self.attention.heads
 
     @property
+    def embedding_std(self) -> float:
+        """Standard deviation of a fresh embedding: GPT-2's."""
+        return 0.02
+
+    @property
+    def logit_scale(self) -> float:
+        """What the products with the unembedding are multiplied by."""
+        return 1.0
+
+    @property
+    def layer_weights(self) -> int:
+        """Entries of the matrices that a token meets in one layer."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TransformerConfig(DecoderConfig):
+    """Pre-norm transformer. The defaults make a small Llama; fields cover Qwen, Mistral, GPT-2 and GPT-NeoX."""
+
+    parallel_residual: bool = False
+    """Attention and feed-forward read the same input (GPT-NeoX)."""
+    mlp: MLPConfig = field(default_factory=MLPConfig)
+
+    @property
     def mlp_width(self) -> int:
         """F."""
         if self.mlp.width:
             return self.mlp.width
         return -(-8 * self.width // 3 // 64) * 64 if self.mlp.activation == "swiglu" else 4 * self.width
+
+    @property
+    def layer_weights(self) -> int:
+        """Entries of the matrices that a token meets in one layer."""
+        attention = self.width * self.head_dim * 2 * (self.attention.heads + self.kv_heads)
+        return attention + self.width * self.mlp_width * (3 if self.mlp.activation == "swiglu" else 2)
