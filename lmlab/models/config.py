@@ -256,3 +256,19 @@ class TokenFormerConfig(DecoderConfig):
 
 ModelConfig: TypeAlias = TransformerConfig | TokenFormerConfig
 """The config of any language model of lmlab."""
+
+
+@dataclass(frozen=True)
+class GrowthConfig:
+    """How parameter tokens are added to a trained model (arXiv 2410.23168, section 3.4). The defaults keep its function
+    exactly, whatever the new values are. Keys and values of zero both keep it, too, and never learn.
+    """
+
+    keys: Literal["zeros", "normal"] = "zeros"
+    """New keys; normal: as a new model draws them (what the authors' code runs)."""
+    values: Literal["normal", "zeros"] = "normal"
+    """New values."""
+    tau: Literal["keep", "follow"] = "keep"
+    """The norm of the scores: as before, or the root of the new number of parameter tokens (the authors' code)."""
+    optimizer: Literal["reset", "extend"] = "reset"
+    """State of the optimiser: new, or the old one with zeros for what is new; its schedule begins anew."""
