@@ -195,10 +195,10 @@ def final_state(folder: Path):
 
     from lmlab.models.transformer import transformer
     from lmlab.optim.chain import build_optimizer
-    from lmlab.pretrain import load_checkpoints
     from lmlab.train.checkpoint import finish, restore
     from lmlab.train.folder import read_config
     from lmlab.train.state import init_state
+    from lmlab.training import load_checkpoints
 
     config = read_config(folder)
     lm = transformer(config.model)

@@ -5,8 +5,9 @@ there at once.
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -14,6 +15,9 @@ from lmlab.core.errors import UserError, check
 from lmlab.inference.config import SamplingConfig
 from lmlab.recipe import Pretrain, load_recipe
 from lmlab.train.config import HostsConfig
+
+if TYPE_CHECKING:
+    from lmlab.training import Outcome
 
 RUNS = Path("runs")
 
@@ -124,16 +128,22 @@ class Doctor:
 
 
 def run(args: Run) -> int:
-    """Train; 0 when finished, 130 or 143 when interrupted by SIGINT or SIGTERM."""
+    """Train; the exit code is that of `train`."""
     from lmlab.pretrain import pretrain
+
+    steps, name = args.config.train.steps, Path(args.recipe).stem
+    return train(partial(pretrain, args.config), steps, args.out or str(RUNS / name), args.profile, args.hosts)
+
+
+def train(method: "Callable[[Path, Any], Outcome]", steps: int, out: str, profile: str, hosts: HostsConfig) -> int:
+    """Let a method train into the folder `out`; 0 when finished, 130 or 143 when interrupted by SIGINT or SIGTERM."""
     from lmlab.report.profile import parse_steps
     from lmlab.train.hosts import is_first, join
 
-    profile = parse_steps(args.profile, args.config.train.steps)
-    check("://" not in args.out, "--out", args.out, "a folder of this machine", "Mount the bucket and name its folder.")
-    join(args.hosts)
-    folder = Path(args.out) if args.out else RUNS / Path(args.recipe).stem
-    outcome = pretrain(args.config, folder, profile)
+    traced = parse_steps(profile, steps)
+    check("://" not in out, "--out", out, "a folder of this machine", "Mount the bucket and name its folder.")
+    join(hosts)
+    outcome = method(Path(out), traced)
     if is_first() and outcome.bits_per_byte:
         print("\nheld-out bits per byte (lower is better)")
         for name, value in sorted(outcome.bits_per_byte.items(), key=lambda item: -item[1]):
@@ -182,7 +192,7 @@ def evaluate(args: Eval) -> int:
 
         values |= evaluate_texts(Path(args.model), args.texts, args.dtype)
     if not args.tasks and not args.texts:
-        from lmlab.runs import evaluate_run
+        from lmlab.evaluation import evaluate_run
 
         values |= evaluate_run(Path(args.model))
     for name, value in values.items():

@@ -1,15 +1,37 @@
-"""What `lmlab eval` measures of a model at a path, besides a run's own held-out text."""
+"""What `lmlab eval` measures: a run on its own held-out data, a model at any path on texts and tasks."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from lmlab.core.errors import UserError, check
+from lmlab.core.rng import key_for
 from lmlab.data.chat import render
 from lmlab.evals.harness import Served, harness_model
-from lmlab.evals.perplexity import text_values
+from lmlab.evals.perplexity import make_held_out, text_values
+from lmlab.finetune import sft_pieces
 from lmlab.interop.pretrained import Pretrained, tokenizer_of
 from lmlab.loading import load_model
+from lmlab.pretrain import pretrain_pieces
+from lmlab.recipe import Pretrain
+from lmlab.runs import load_run
+from lmlab.train.parallel import Share
+from lmlab.training import compare
+
+
+def evaluate_run(folder: Path) -> dict[str, float]:
+    """Held-out values of a run's newest parameters on all of its held-out data, and bits per byte of baselines."""
+    run, share = load_run(folder), Share(0, 1)
+    if isinstance(run.config, Pretrain):
+        pieces = pretrain_pieces(run.config, share)
+    else:
+        pieces = sft_pieces(run.config, run.text, share)
+    key = key_for(jax.random.key(run.config.train.seed), "held-out")
+    values = make_held_out(pieces.objective, pieces.data.heldout, key)(run.params)
+    scores = compare(pieces, lambda: values, folder)
+    return values | {f"bits_per_byte/{name}": value for name, value in scores.items() if name != "model"}
 
 
 def evaluate_texts(path: Path, texts: Sequence[str], dtype: str) -> dict[str, float]:

@@ -1,6 +1,6 @@
-"""A recipe: everything that decides what a pre-training run computes, as one frozen dataclass. Imports no JAX.
+"""Recipes: everything that decides what a run computes, as one frozen dataclass. Imports no JAX.
 
-A file in `configs/` holds a function `recipe()` that returns one.
+A file in `configs/` holds a function `recipe()` that returns a `Pretrain`.
 """
 
 import importlib.util
@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lmlab.core.errors import UserError, check
-from lmlab.data.config import DataConfig
+from lmlab.data.config import ConversationsConfig, DataConfig
 from lmlab.inference.config import SamplingConfig
-from lmlab.models.config import TransformerConfig
+from lmlab.models.config import ExecutionConfig, TransformerConfig
 from lmlab.objectives.config import NextTokenConfig
-from lmlab.optim.config import OptimConfig
+from lmlab.optim.config import OptimConfig, ScheduleConfig
 from lmlab.train.config import ParallelConfig, TrainConfig
 
 
@@ -45,13 +45,70 @@ class Pretrain:
 
     def __post_init__(self) -> None:
         """Check what concerns two parts at once."""
-        check(self.data.batch_size % self.train.microbatches == 0, "train.microbatches", self.train.microbatches,
-              f"a divisor of data.batch_size = {self.data.batch_size}")  # fmt: skip
         check(self.data.length <= self.model.max_length, "data.length", self.data.length,
               f"at most model.max_length = {self.model.max_length}",
               "Shorten the rows or raise model.max_length.")  # fmt: skip
-        check(self.data.length % self.parallel.context == 0, "parallel.context", self.parallel.context,
-              f"a divisor of data.length = {self.data.length}")  # fmt: skip
+        _check_divides(self)
+
+
+@dataclass(frozen=True)
+class ChatEvalConfig:
+    """What is measured and shown of a chat model while it trains."""
+
+    batches: int = 16
+    """Held-out batches of an evaluation during the run; 0: all. The last evaluation always reads all."""
+    prompts: tuple[str, ...] = ("What is the capital of France?", "Give three tips for staying healthy.")
+    """What a user says first, to be answered when a sample is due."""
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0, max_new_tokens=96))
+    """How answers are drawn."""
+
+
+@dataclass(frozen=True)
+class SFT:
+    """Supervised fine-tuning: a model that is there learns to answer as the assistant of conversations does."""
+
+    source: str
+    """The model: a run folder, a folder of transformers, a .gguf file, or a llama2.c .bin with its tokenizer."""
+    data: ConversationsConfig
+    template: str = ""
+    """File of the chat template (Jinja) where the source has none, or another is wanted; empty: the source's."""
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    objective: NextTokenConfig = field(default_factory=NextTokenConfig)
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            schedule=ScheduleConfig(peak=2e-5, decay="linear", end=0.0), b2=0.999, weight_decay=0.0
+        )
+    )
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    eval: ChatEvalConfig = field(default_factory=ChatEvalConfig)
+
+    def __post_init__(self) -> None:
+        """Check what concerns two parts at once."""
+        check(self.execution.stacked, "execution.stacked", self.execution.stacked,
+              "True: models are read with their layers stacked")  # fmt: skip
+        _check_divides(self)
+
+
+@dataclass(frozen=True)
+class ResolvedSFT(SFT):
+    """The same with the model that the source holds, so that a run can be opened without it."""
+
+    model: TransformerConfig = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check that rows fit the model."""
+        super().__post_init__()
+        check(self.data.length <= self.model.max_length, "data.length", self.data.length,
+              f"at most the context of the source, {self.model.max_length} tokens", "Shorten the rows.")  # fmt: skip
+
+
+def _check_divides(recipe: Pretrain | SFT) -> None:
+    rows, length = recipe.data.batch_size, recipe.data.length
+    check(rows % recipe.train.microbatches == 0, "train.microbatches", recipe.train.microbatches,
+          f"a divisor of data.batch_size = {rows}")  # fmt: skip
+    check(length % recipe.parallel.context == 0, "parallel.context", recipe.parallel.context,
+          f"a divisor of data.length = {length}")  # fmt: skip
 
 
 def load_recipe(name: str) -> tuple[str, Pretrain]:

@@ -1,4 +1,4 @@
-"""A finished or interrupted run as something to use: its model, parameters and tokenizer, without its data."""
+"""A finished or interrupted run as something to use: its model, parameters and text, without its data."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,50 +6,39 @@ from pathlib import Path
 import jax
 
 from lmlab.core.errors import UserError
-from lmlab.core.rng import key_for
 from lmlab.core.types import Params
-from lmlab.data.open import open_data
-from lmlab.data.tokenizers import TextTokenizer, load_tokenizer
-from lmlab.evals.perplexity import make_held_out
+from lmlab.interop.tokenizer_files import TokenizerFiles, read_tokenizer_files
+from lmlab.interop.weights import Place, first_device
 from lmlab.models.lm import LM
-from lmlab.pretrain import build_lm, build_objective, compare, load_checkpoints
-from lmlab.recipe import Pretrain
+from lmlab.recipe import Pretrain, ResolvedSFT
 from lmlab.train.checkpoint import finish, restore_params
 from lmlab.train.folder import read_config
+from lmlab.train.parallel import with_shardings
+from lmlab.training import build_lm, load_checkpoints
 
 
 @dataclass(frozen=True)
 class LoadedRun:
     """What a run folder holds."""
 
-    config: Pretrain
+    config: Pretrain | ResolvedSFT
     lm: LM
     step: int
     params: Params
-    tokenizer: TextTokenizer
+    text: TokenizerFiles
 
 
-def load_run(folder: Path) -> LoadedRun:
-    """Model and newest intact parameters of a run folder. Raises `UserError` if it holds none."""
+def load_run(folder: Path, place: Place = first_device) -> LoadedRun:
+    """Model and newest intact parameters of a run folder, in the type that they are trained in.
+
+    place: `place(lm, shapes) -> shardings` says where the parameters lie. Raises `UserError` if it holds none.
+    """
     config = read_config(folder)
     lm = build_lm(config)
-    like = jax.eval_shape(lm.init, jax.random.key(0))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
+    shapes = jax.eval_shape(lm.init, jax.random.key(0))
     checkpoints = load_checkpoints(folder)
-    restored = restore_params(checkpoints, like)
+    restored = restore_params(checkpoints, with_shardings(shapes, place(lm, shapes)))
     finish(checkpoints)
     if restored is None:
         raise UserError("run folder", str(folder), "a run that has saved a checkpoint", "Let it train on first.")
-    return LoadedRun(config, lm, *restored, load_tokenizer(folder))
-
-
-def evaluate_run(folder: Path) -> dict[str, float]:
-    """Held-out values of a run's newest parameters on all of its held-out text, and bits per byte of baselines."""
-    loaded = load_run(folder)
-    data = open_data(loaded.config.data, lookahead=1)
-    objective = build_objective(loaded.config, loaded.lm, loaded.tokenizer)
-    key = key_for(jax.random.key(loaded.config.train.seed), "held-out")
-    values = make_held_out(objective, data.heldout, key)(loaded.params)
-    scores = compare(loaded.config, values, data, folder)
-    return values | {f"bits_per_byte/{name}": value for name, value in scores.items() if name != "model"}
+    return LoadedRun(config, lm, *restored, read_tokenizer_files(folder))

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import arms, attention, checkpoint, gpu, loss, peers, scaling, timing, train_step
+from benchmarks import arms, attention, checkpoint, decode, gpu, loss, peers, scaling, timing, train_step
 from lmlab.core.errors import UserError
 from lmlab.models.flops import training_flops_per_token
 
@@ -40,6 +40,25 @@ def test_the_report_ends_in_tokens_per_second(capsys):
     tokens = peers.BATCH * peers.SEQ_LEN
     assert json.loads(out.splitlines()[-1]) == {"lmlab": round(tokens / 1.5), "plain_jax": round(tokens / 3.5)}
     assert "0.43x" in out
+
+
+def test_decoding_is_told_in_tokens_per_second_and_ratios(capsys):
+    seconds = {
+        "llama 8": {"lmlab": [1.0, 2.0, 1.5], "transformers": [4.0, 4.0, 4.5]},
+        "float32 1": {"lmlab": [1.0, 1.0], "transformers": [0.5, 0.5]},
+    }
+    decode.report(seconds)
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["lmlab_batch8"] == round(8 * decode.NEW / 1.5)
+    assert last["ratio_batch8"] == 3.0  # the median of 4, 2 and 3
+    assert last["float32_ratio_batch1"] == 0.5
+
+
+def test_our_arm_of_decoding_draws_what_it_is_asked(monkeypatch):
+    monkeypatch.setattr(decode, "NEW", 3)
+    for name, small in {"N_LAYERS": 1, "WIDTH": 32, "FFN": 32, "N_HEADS": 2, "VOCAB": 64}.items():
+        monkeypatch.setattr(peers, name, small)
+    assert len(decode.work("lmlab", "")("llama 2")) == 1
 
 
 def test_an_arm_that_dies_is_named(capsys, monkeypatch):

@@ -24,7 +24,9 @@ ALLOWED = {
     "interop": {"core", "models", "data", "inference.config"},
 }
 """What the modules of a package may import of lmlab besides their own package; all may read the version."""
-FREE = {"cli", "commands", "evaluation", "loading", "plan", "pretrain", "recipe", "runs", "talk"}
+FREE = {
+    "cli", "commands", "evaluation", "finetune", "loading", "plan", "pretrain", "recipe", "runs", "talk", "training",
+}  # fmt: skip
 """Modules that put the parts together, and import any of them; nothing but `testing` and they import them."""
 LIGHT = re.compile(r"^lmlab(\.cli|\.commands|\.recipe|\.core\.errors|\.core\.serialize|(\.\w+)*\.config)$")
 """Modules that the command line loads to print its help."""

@@ -3,17 +3,26 @@
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 from lmlab.cli import COMMANDS
+from lmlab.data.tokenizers import byte_tokenizer
+from lmlab.interop.huggingface import save_pretrained
+from lmlab.interop.tokenizer_files import TokenizerFiles
+from lmlab.models.transformer import transformer
 from lmlab.recipe import Pretrain, load_recipe
+from lmlab.testing.tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
 def test_the_python_examples_run_as_they_stand(capsys):
-    one_device, mesh = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    one_device, mesh, _ = EXAMPLES
     names: dict[str, object] = {}
     exec(compile(one_device, "README.md", "exec"), names)
     losses = [float(line) for line in capsys.readouterr().out.splitlines()]
@@ -22,6 +31,18 @@ def test_the_python_examples_run_as_they_stand(capsys):
     exec(compile(mesh, "README.md", "exec"), names)
     assert 4 < float(names["metrics"]["loss"]) < 8
     assert dict(names["mesh"].shape) == {"data": 4, "fsdp": 2, "context": 1, "tensor": 1}
+
+
+def test_the_example_of_a_real_model_runs_on_a_tiny_one(tmp_path, monkeypatch, capsys):
+    config = tiny_config(vocab_size=257, max_length=512)
+    text = TokenizerFiles(byte_tokenizer(), None, None)
+    params = transformer(config).init(jax.random.key(0))
+    save_pretrained(tmp_path / "SmolLM2-135M-Instruct", config, params, text)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"jax": jax}
+    exec(compile(EXAMPLES[2], "README.md", "exec"), names)
+    assert len(names["texts"]) == 8
+    assert float(capsys.readouterr().out) < 0
 
 
 def test_commands_links_and_files_are_there(monkeypatch):

@@ -10,7 +10,7 @@ import jax
 import pytest
 from tiny_run import RUN, contents, rows
 
-import lmlab.pretrain
+import lmlab.training
 from lmlab.cli import main
 from lmlab.runs import load_run
 from lmlab.train.retrace import RetraceError
@@ -34,14 +34,14 @@ def test_the_run_folder_holds_what_was_promised(finished):
 
 def test_interrupted_and_run_again_is_the_run_that_nobody_touched(place, finished, monkeypatch, capsys):
     shutil.rmtree(place / "out")
-    draw = lmlab.pretrain.draw_samples
+    draw = lmlab.training.draw_samples
 
     def draw_then_stop(*args):
         draw(*args)
         signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lmlab.pretrain, "draw_samples", draw_then_stop)
+        patch.setattr(lmlab.training, "draw_samples", draw_then_stop)
         assert main(RUN) == 128 + signal.SIGTERM
     assert "stopped by SIGTERM after step 3" in capsys.readouterr().out
     assert main(RUN) == 0
@@ -59,7 +59,7 @@ def test_bfloat16_parameters_train_and_go_on_bit_for_bit(parameters, place, monk
     words = ["run", "tiny.py", "--optim.parameters", parameters, "--eval.no-baselines", "--out"]
     stops = iter([False, False, False, True, False, False])  # three samples of the whole run, then of the parts
     stop = lambda *_: signal.raise_signal(signal.SIGTERM) if next(stops) else None
-    monkeypatch.setattr(lmlab.pretrain, "draw_samples", stop)
+    monkeypatch.setattr(lmlab.training, "draw_samples", stop)
     assert main([*words, "whole"]) == 0
     assert main([*words, "parts"]) == 128 + signal.SIGTERM
     assert main([*words, "parts"]) == 0
@@ -100,7 +100,7 @@ def test_a_profiled_run_computes_the_same_and_leaves_a_trace_and_a_table(place, 
 
 def test_a_batch_of_another_shape_is_an_error(place, monkeypatch):
     shutil.rmtree(place / "out")
-    fit = lmlab.pretrain.fit
+    fit = lmlab.training.fit
 
     def with_a_short_batch(state, step, batches, *others):
         def shorter(first):
@@ -109,7 +109,7 @@ def test_a_batch_of_another_shape_is_an_error(place, monkeypatch):
 
         return fit(state, step, shorter, *others)
 
-    monkeypatch.setattr(lmlab.pretrain, "fit", with_a_short_batch)
+    monkeypatch.setattr(lmlab.training, "fit", with_a_short_batch)
     with pytest.raises(RetraceError, match=r"batch\.tokens_BT: int32\[4,17\] -> int32\[3,17\]"):
         main(RUN)
 

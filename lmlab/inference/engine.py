@@ -48,13 +48,13 @@ def bucket(length: int, least: int = 16) -> int:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def idle(lm: LM, rows: int, room: int) -> Decoding:
-    """A batch of rows that are done, with room for so many tokens each."""
+def idle(lm: LM, rows: int, room: int, key: Key) -> Decoding:
+    """A batch of rows that are done, with room for so many tokens each. key: any of the kind that rows will have."""
     count = lambda: jnp.zeros(rows, jnp.int32)
     return Decoding(
         cache=lm.init_cache(rows, room), logits_BV=jnp.zeros((rows, lm.vocab_size)),
         tokens_BS=jnp.zeros((rows, room), jnp.int32), logprobs_BS=jnp.zeros((rows, room)), length_B=count(),
-        prompt_B=count(), limit_B=count(), keys_B=jax.random.split(jax.random.key(0), rows), done_B=count() == 0,
+        prompt_B=count(), limit_B=count(), keys_B=jax.random.split(key, rows), done_B=count() == 0,
     )  # fmt: skip
 
 

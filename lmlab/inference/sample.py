@@ -81,7 +81,11 @@ def draw(
     Row i is drawn with fold_in(key, i), whatever its neighbours. A row that fills the context ends there. Raises
     `UserError` for no prompt, an empty one, one that fills the context by itself, or tokens outside the vocabulary.
     """
+    check(rows >= 1, "rows", rows, "at least 1")
+    check(stride >= 1, "stride", stride, "at least 1")
     check_prompts(lm, prompts)
+    # One type, since equal prompts are known by their bytes.
+    prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
     lm, params = lm.for_decoding(params)
     limits = [min(len(prompt) + config.max_new_tokens, lm.max_length) for prompt in prompts]
     queue = deque(Row(i, *both) for i, both in enumerate(zip(prompts, limits, strict=True)))
@@ -115,7 +119,7 @@ def check_prompts(lm: LM, prompts: Sequence[np.ndarray]) -> None:
     check(some, "prompts", lengths, "at least one prompt, of at least one token each")
     check(max(lengths) < lm.max_length, "prompt", f"{max(lengths)} tokens",
           f"less than model.max_length = {lm.max_length}", "Shorten the prompt.")  # fmt: skip
-    for prompt in prompts:
+    for prompt in map(np.asarray, prompts):
         outside = prompt[(prompt < 0) | (prompt >= lm.vocab_size)]
         check(not len(outside), "prompt", outside[:1].tolist(), f"token ids from 0 to {lm.vocab_size - 1}")
 
@@ -132,7 +136,7 @@ def _admit(
     room = max(room, 0 if state is None else state.tokens_BS.shape[1])
     read = read_prompts(lm, params, list(unique.values()), room)
     if state is None:
-        state = idle(lm, len(slots), room)
+        state = idle(lm, len(slots), room, key)
     elif state.tokens_BS.shape[1] < room:
         state = resize(lm, state, room)
     # A power of two again: what is beyond goes to a slot that is not there.

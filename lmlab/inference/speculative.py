@@ -61,8 +61,9 @@ def speculate(
 ) -> Speculated:  # fmt: skip
     """Samples as `sample` draws them from the target, though not the same ones; all prompts at once.
 
-    ahead: K, tokens that are drafted between two passes of the target. Stop texts and repetition_penalty are not looked
-    at. Raises `UserError` as `sample`, and where the two do not have the same vocabulary.
+    ahead: K, tokens that are drafted between two passes of the target. Stop texts are not looked at; the shorter of the
+    two contexts limits what is drawn. Raises `UserError` as `sample`, where the two do not have the same vocabulary,
+    and for a repetition_penalty.
     """
     check(target.lm.vocab_size == draft.lm.vocab_size, "draft", f"a vocabulary of {draft.lm.vocab_size}",
           f"that of the target, {target.lm.vocab_size}", "Both need the same tokenizer.")  # fmt: skip

@@ -113,6 +113,12 @@ def write_folder(
             write_tokenizer_files(partial, text)
 
 
+def check_empty(folder: Path) -> None:
+    """Raise `UserError` unless a model can be written there: `folder` does not exist, or is an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError("folder", str(folder), "a folder that is empty, or does not exist yet", "Choose another.")
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` to write into, which takes its name when all is written, and else is removed.
@@ -123,8 +129,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     folder = folder.absolute()
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError("folder", str(folder), "a folder that is empty, or does not exist yet", "Choose another.")
+        check_empty(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()

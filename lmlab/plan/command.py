@@ -16,10 +16,10 @@ from lmlab.plan.compiled import compile_apart, found_compiler
 from lmlab.plan.memory import mesh_for, predict, table_of_shardings
 from lmlab.plan.speed import speed
 from lmlab.plan.table import advice, collective_lines, memory_lines, sharding_lines, speed_lines
-from lmlab.pretrain import build_lm
 from lmlab.recipe import Pretrain
 from lmlab.train.config import ParallelConfig
 from lmlab.train.device import chip_named
+from lmlab.training import build_lm
 
 COMPILE_SECONDS = 1800
 

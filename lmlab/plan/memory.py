@@ -20,11 +20,11 @@ from lmlab.models.lm import LM
 from lmlab.objectives.next_token import next_token
 from lmlab.optim.chain import build_optimizer
 from lmlab.plan.liveness import Buffer, buffers_of, peak
-from lmlab.pretrain import build_lm
 from lmlab.recipe import Pretrain
 from lmlab.train.parallel import Placed, abstract_state, check_rows, param_shardings, placements, state_shardings
 from lmlab.train.state import State
 from lmlab.train.step import Step, make_step
+from lmlab.training import build_lm
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,8 @@ class Callbacks:
     """Given the number of the signal that this process received (0: none), that of the whole job."""
     watch: Watch | None = None
     """Who looks at some of the steps; None: nobody."""
+    before: bool = False
+    """Whether a new run evaluates and samples before its first step, too: the parameters are a model already."""
     tokens_per_step: int = 0
     flops_per_step: float = 0.0
     peak_flops: float | None = None
@@ -108,6 +110,8 @@ def fit(
     when a loss is not finite; nothing of that step is saved.
     """
     first = int(state.step)
+    if calls.before and first == 0:
+        _visit(state, 0, Due(evaluate=True, sample=config.sample_every > 0, save=False, leave=False), calls)
     clock = Clock()
     pending: tuple[int, Mapping[str, Any]] | None = None
     feed = batches(first)

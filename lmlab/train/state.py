@@ -35,3 +35,9 @@ def init_state(init: Any, tx: optax.GradientTransformation, seed: int, shardings
     """
     make = jax.jit(lambda key: new_state(init(key_for(key, "init")), tx, key), out_shardings=shardings)
     return make(jax.random.key(seed))
+
+
+def loaded_state(params: Params, tx: optax.GradientTransformation, seed: int, shardings: Any) -> State:
+    """The state of a run that begins with parameters that are there; they lie as `shardings` says, and are used up."""
+    make = jax.jit(lambda params, key: new_state(params, tx, key), out_shardings=shardings, donate_argnums=0)
+    return make(params, jax.random.key(seed))

@@ -8,7 +8,7 @@ import pytest
 
 from lmlab.core.errors import UserError
 from lmlab.inference.config import SamplingConfig
-from lmlab.inference.filters import filter_logits, keep_min_p, keep_top_k, keep_top_p
+from lmlab.inference.filters import filter_logits, keep_min_p, keep_top_k, keep_top_p, penalise_repetition
 
 RANDOM = np.random.default_rng(0).normal(size=(20, 6)) * 2
 # Every row of 4 logits out of three values: all ways to tie.
@@ -64,6 +64,47 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p():
 @pytest.mark.parametrize("p", [1e-3, 0.1, 0.5, 1.0])
 def test_min_p_by_definition(logits, p):
     assert kept(keep_min_p(jnp.asarray(logits), p)) == [min_p(row, p) for row in logits]
+
+
+def wide_rows():
+    """Rows of 1000: plain, of few values, of huge and tiny ones, half hidden, and all but one hidden."""
+    rng = np.random.default_rng(2)
+    plain = rng.normal(size=1000) * 3
+    half = np.where(rng.random(1000) < 0.5, plain, -np.inf)
+    alone = np.where(np.arange(1000) == 700, -4.0, -np.inf)
+    extreme = plain * np.exp(rng.uniform(-40, 40, 1000))
+    return np.stack([plain, np.round(plain), half, alone, extreme, np.zeros(1000)]).astype(np.float32)
+
+
+@pytest.mark.parametrize("k", [1, 50, 999, 1000])
+def test_top_k_of_many_by_a_sort(k):
+    rows = wide_rows()
+    least_B1 = -np.sort(-rows, axis=-1)[:, k - 1 : k]
+    np.testing.assert_array_equal(keep_top_k(jnp.asarray(rows), k), np.where(rows >= least_B1, rows, -np.inf))
+
+
+@pytest.mark.parametrize("p", [1e-45, 0.01, 0.5, 0.9003])
+def test_top_p_of_many_by_a_sort(p):
+    rows = wide_rows()
+    sorted_BV = -np.sort(-rows.astype(np.float64), axis=-1)
+    weights_BV = np.exp(sorted_BV - sorted_BV[:, :1])
+    upto_BV = np.cumsum(weights_BV / weights_BV.sum(axis=-1, keepdims=True), axis=-1)
+    least_B1 = np.take_along_axis(sorted_BV, np.argmax(upto_BV >= p, axis=-1)[:, None], axis=-1)
+    np.testing.assert_array_equal(keep_top_p(jnp.asarray(rows), p), np.where(rows >= least_B1, rows, -np.inf))
+
+
+def test_repetition_is_penalised_by_definition():
+    rng = np.random.default_rng(0)
+    logits_BV, tokens_BS = rng.normal(size=(5, 9)).astype(np.float32), rng.integers(0, 9, (5, 7))
+    logits_BV[3, tokens_BS[3, 0]] = -np.inf
+    length_B = np.asarray([0, 1, 4, 7, 7])
+    for penalty in (1.3, 0.7):
+        expected_BV = logits_BV.copy()
+        for row, tokens, length in zip(expected_BV, tokens_BS, length_B, strict=True):
+            for token in set(tokens[:length].tolist()):  # once, however often the row has it
+                row[token] = row[token] / penalty if row[token] > 0 else row[token] * penalty
+        found_BV = penalise_repetition(jnp.asarray(logits_BV), jnp.asarray(tokens_BS), jnp.asarray(length_B), penalty)
+        np.testing.assert_allclose(found_BV, expected_BV, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,32 @@ def test_cache_takes_rows_in_and_forgets(made):
         chex.assert_trees_all_close(hidden[row, 0], expected, atol=2e-5)
 
 
+def test_cache_drops_padding_beyond_its_room_and_grows(made):
+    lm, params = made
+    # Row 0 holds 3 tokens and row 1 fills all 4 places; padding goes beyond them. Then more room, and two tokens more.
+    lengths = jnp.asarray([3, 4])
+    segments = (jnp.arange(6)[None] < lengths[:, None]).astype(jnp.int32)
+    _, cache = lm.apply(params, tokens(), segments_BT=segments, cache=lm.init_cache(2, 4))
+    cache = lm.resize(cache, 7)
+    chex.assert_trees_all_equal(jax.tree.map(jnp.shape, cache), jax.tree.map(jnp.shape, lm.init_cache(2, 7)))
+    cache = lm.resize(lm.resize(cache, 4), 6)  # no fewer than are held
+    following = tokens(2, 2, seed=5)
+    hidden, _ = lm.apply(params, following, cache=cache)
+    for row, length in enumerate(lengths):
+        alone = jnp.concatenate([tokens()[row, :length], following[row]])[None]
+        chex.assert_trees_all_close(hidden[row], lm.apply(params, alone)[0][0, length:], atol=2e-5)
+
+
+def test_rows_put_in_leave_the_others_as_they_are(made):
+    lm, params = made
+    _, cache = lm.apply(params, tokens(3, 4), cache=lm.init_cache(3, 5))
+    _, other = lm.apply(params, tokens(4, 2, seed=6), cache=lm.init_cache(4, 5))
+    # Many rows beyond the last, and the only one that is not.
+    found = lm.put_rows(cache, jnp.asarray([3, 3, 1, 4]), other)
+    chex.assert_trees_all_equal(lm.take_rows(found, jnp.asarray([0, 2])), lm.take_rows(cache, jnp.asarray([0, 2])))
+    chex.assert_trees_all_equal(lm.take_rows(found, jnp.asarray([1])), lm.take_rows(other, jnp.asarray([2])))
+
+
 def test_packed_documents_do_not_see_each_other(made):
     lm, params = made
     first, second = tokens(1, 3, seed=1), tokens(1, 2, seed=2)

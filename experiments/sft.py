@@ -1,0 +1,69 @@
+"""Supervised fine-tuning of any model that lmlab reads, on conversations.
+
+    python -m experiments.sft --source MODEL --data.train 'chats/*.jsonl' --export FOLDER
+
+Interrupt it at any moment and run the same command again: it goes on, bit for bit.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from lmlab.cli import exit_code
+from lmlab.commands import RUNS, train
+from lmlab.core.errors import check
+from lmlab.recipe import SFT
+from lmlab.train.config import HostsConfig
+
+NAME = "python -m experiments.sft"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Fine-tune a model on what the assistant says in conversations. Run the same command again to go on."""
+
+    config: Annotated[SFT, tyro.conf.arg(name="")]
+    out: str = str(RUNS / "sft")
+    """Run folder."""
+    export: str = ""
+    """When finished, write the model here as a folder of transformers; it must not exist, or be empty."""
+    profile: str = ""
+    """FIRST:LAST: trace these steps (profile/ in the run folder) and tell which operations took their time."""
+    hosts: HostsConfig = field(default_factory=HostsConfig)
+
+
+def run(options: Options) -> int:
+    """Train, then export; the exit code is that of `lmlab run`."""
+    from lmlab.core.runtime import prepare
+    from lmlab.finetune import sft
+    from lmlab.interop.huggingface import check_empty
+    from lmlab.loading import export
+    from lmlab.train.hosts import is_first
+
+    if options.export:
+        check(not options.hosts.address, "--export", options.export, "a job of one process",
+              "Write it afterwards: lmlab convert RUN FOLDER.")  # fmt: skip
+        check_empty(Path(options.export))
+    prepare()
+    steps = options.config.train.steps
+    code = train(partial(sft, options.config), steps, options.out, options.profile, options.hosts)
+    if code == 0 and options.export:
+        export(Path(options.out), Path(options.export))
+    if code == 0 and is_first():
+        print(f"export  {options.export or f'lmlab convert {options.out} FOLDER'}")
+    return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code, as `lmlab` does."""
+    avoid = (tyro.conf.AvoidSubcommands,)
+    return exit_code(lambda: run(tyro.cli(Options, prog=NAME, args=argv, config=avoid)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
