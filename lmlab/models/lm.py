@@ -74,7 +74,8 @@ class LM:
     """`for_decoding(params) -> (lm, params)`: the same model in the form that draws tokens fastest on this machine,
     perhaps with a copy of the parameters; always the same LM. Its caches are its own."""
     axes: Axes
-    """Logical axis names by parameter: embed, heads, kv_heads, head_dim, ffn, vocab, positions, norm;
+    """Logical axis names by parameter: embed, heads, kv_heads, head_dim, ffn, param_tokens, vocab, positions,
+    norm;
     layers and stack are batch axes (a stack of matrices, each one for itself)."""
 
 

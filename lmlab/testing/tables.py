@@ -17,7 +17,7 @@ from lmlab.models.lm import LM
 from lmlab.objectives.next_token import next_token
 from lmlab.optim.chain import build_optimizer
 from lmlab.optim.config import OptimConfig, ScheduleConfig
-from lmlab.testing.tiny import random_batch, tiny_cache, tiny_lm
+from lmlab.testing.tiny import random_batch, tiny_cache, tiny_lm, tiny_tokenformer
 
 LMS: dict[str, Callable[[], LM]] = {
     "llama": tiny_lm,
@@ -43,6 +43,13 @@ LMS: dict[str, Callable[[], LM]] = {
         mlp=MLPConfig(width=24, activation="gelu", bias=True),
     ),
     "no_positions": lambda: tiny_lm(positions="none"),
+    "tokenformer": tiny_tokenformer,
+    "tokenformer_maxtext": lambda: tiny_tokenformer(
+        positions="none", initialisation="maxtext", gelu="tanh", attention=AttentionConfig(heads=4, kv_heads=2),
+        execution=ExecutionConfig(stacked=False, remat="dots"),
+    ),
+    "tokenformer_gelu_l2_norm": lambda: tiny_tokenformer(normalisation="gelu_l2_norm"),
+    "tokenformer_softmax": lambda: tiny_tokenformer(normalisation="softmax"),
 }  # fmt: skip
 """Every language model of lmlab, tiny."""
 
