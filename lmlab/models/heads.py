@@ -1,6 +1,6 @@
 """Several heads on one trunk: each predicts one token further ahead (arXiv 2404.19737).
 
-The first head with the trunk is a transformer like any other, and its parameters lie as there; those of head i > 1 are
+The first head with the trunk is a decoder like any other, and its parameters lie as there; those of head i > 1 are
 beside them under `head_i`. So the heads can be dropped, or added to a model that was trained without.
 """
 
@@ -16,13 +16,15 @@ from flax import linen as nn
 from lmlab.core.masking import AttentionMask, self_attention_mask
 from lmlab.core.types import Array, Key, Params
 from lmlab.models import cache as caches
+from lmlab.models import tokenformer, transformer
+from lmlab.models.build import language_model
 from lmlab.models.cache import KVCache
-from lmlab.models.config import TransformerConfig
+from lmlab.models.config import DecoderConfig, ModelConfig, TokenFormerConfig
+from lmlab.models.decoder import Block, Carry, Decoder, _lay_apart, _remat, _seen
 from lmlab.models.heads_config import MultiTokenConfig
 from lmlab.models.layers import Linear, Norm
 from lmlab.models.lm import LM, Axes, MultiTokenLM, Reading
 from lmlab.models.rotary import rotary_table
-from lmlab.models.transformer import Block, Carry, Decoder, _lay_apart, _remat, _seen, transformer
 
 
 class Trunk(Decoder):
@@ -37,7 +39,7 @@ class Trunk(Decoder):
 class LayerHead(nn.Module):
     """A layer of its own."""
 
-    config: TransformerConfig
+    config: DecoderConfig
 
     @nn.compact
     def __call__(
@@ -52,7 +54,7 @@ class LayerHead(nn.Module):
 class LinearHead(nn.Module):
     """A matrix [D, D]."""
 
-    config: TransformerConfig
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self, carry: Carry, *rest: Any) -> Carry:
@@ -65,7 +67,7 @@ class LinearHead(nn.Module):
 class SequentialHead(nn.Module):
     """Block(M [norm(h); norm(embedding of the token that the head before predicts)]), arXiv 2412.19437 eq. 21-22."""
 
-    config: TransformerConfig
+    config: DecoderConfig
 
     @nn.compact
     def __call__(
@@ -88,8 +90,13 @@ HEADS: dict[str, type[nn.Module]] = {
 }
 
 
-def _apart_block(config: TransformerConfig) -> type[Block]:
-    return _remat(Block, replace(config.execution, stacked=False))
+def _block(config: DecoderConfig) -> Block:
+    """The layer of the decoder that a config describes."""
+    return tokenformer.Block if isinstance(config, TokenFormerConfig) else transformer.Block
+
+
+def _apart_block(config: DecoderConfig) -> Block:
+    return _remat(_block(config), replace(config.execution, stacked=False))
 
 
 def head_name(number: int) -> str:
@@ -98,12 +105,12 @@ def head_name(number: int) -> str:
 
 
 def drop_heads(params: Params) -> Params:
-    """The parameters of head 1 alone: those of a transformer of `MultiTokenConfig.depth` layers."""
+    """The parameters of head 1 alone: those of a decoder of `MultiTokenConfig.depth` layers."""
     return {name: leaf for name, leaf in params.items() if not name.startswith("head_")}
 
 
 def add_heads(config: MultiTokenConfig, params: Params, key: Key) -> Params:
-    """Further heads for a transformer of `config.depth` layers that was trained without.
+    """Further heads for a decoder of `config.depth` layers that was trained without.
 
     Heads that are layers begin as copies of its last one, the others fresh. Inverse of `drop_heads`.
     """
@@ -122,8 +129,8 @@ def _layer(config: MultiTokenConfig, params: Params, number: int) -> Params:
     return params[f"layers_{number}"]
 
 
-def _of_depth(config: TransformerConfig, depth: int) -> TransformerConfig:
-    """The first layers of a transformer as a transformer."""
+def _of_depth(config: ModelConfig, depth: int) -> ModelConfig:
+    """The first layers of a model as a model."""
     skipped = tuple(layer for layer in config.rotary.skipped_layers if layer < depth)
     return replace(config, layers=depth, rotary=replace(config.rotary, skipped_layers=skipped))
 
@@ -131,7 +138,7 @@ def _of_depth(config: TransformerConfig, depth: int) -> TransformerConfig:
 def multi_token_lm(config: MultiTokenConfig) -> MultiTokenLM:
     """The record of a model with `config.heads` heads. Raises `UserError` if the vocabulary is not known yet."""
     model, depth = _of_depth(config.model, config.depth), config.depth
-    base = transformer(model)
+    base = language_model(model)
     read, head = _read(config, model), _head(config, model, base)
     numbers = range(2, config.heads + 1)
 
@@ -172,7 +179,7 @@ def _apart(config: MultiTokenConfig) -> MultiTokenLM:
     return multi_token_lm(replace(config, model=replace(config.model, execution=execution)))
 
 
-def _init(config: MultiTokenConfig, model: TransformerConfig, base: LM) -> tuple[Callable[[Key], Params], Axes]:
+def _init(config: MultiTokenConfig, model: ModelConfig, base: LM) -> tuple[Callable[[Key], Params], Axes]:
     """The initialiser of all parameters, and the names of their axes. Head 1 is as it would be alone."""
     module = HEADS[config.chain](model)
 
@@ -191,10 +198,10 @@ def _init(config: MultiTokenConfig, model: TransformerConfig, base: LM) -> tuple
     return init, {**base.axes, **{head_name(i): axes for i in range(2, config.heads + 1)}}
 
 
-def _read(config: MultiTokenConfig, model: TransformerConfig) -> Callable[..., Reading]:
+def _read(config: MultiTokenConfig, model: ModelConfig) -> Callable[..., Reading]:
     """See `lmlab.models.lm.Read`."""
     layers = config.depth - (1 if config.own_layers else 0)
-    trunk = Trunk(_of_depth(model, layers))
+    trunk = Trunk(_of_depth(model, layers), _block(model))
 
     def read(
         params: Params, inputs: Array, *, positions_BT: Array | None = None, segments_BT: Array | None = None,
@@ -215,7 +222,7 @@ def _read(config: MultiTokenConfig, model: TransformerConfig) -> Callable[..., R
 
 
 def _head(
-    config: MultiTokenConfig, model: TransformerConfig, base: LM
+    config: MultiTokenConfig, model: ModelConfig, base: LM
 ) -> Callable[[Params, int, Reading, Array], tuple[Array, Reading]]:  # fmt: skip
     """See `MultiTokenLM.head`."""
     first, further = _apart_block(model)(model), HEADS[config.chain](model)

@@ -4,14 +4,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lmlab.core.errors import check
-from lmlab.models.config import TransformerConfig
+from lmlab.models.config import ModelConfig, TransformerConfig
 
 
 @dataclass(frozen=True)
 class MultiTokenConfig:
     """A model of L layers with n heads (arXiv 2404.19737), of which the first is a language model."""
 
-    model: TransformerConfig = field(default_factory=TransformerConfig)
+    model: ModelConfig = field(default_factory=TransformerConfig)
     """L layers, those of all heads included where a head is a layer: n = 1 is exactly this model."""
     heads: int = 4
     """n: head i predicts the i-th next token."""

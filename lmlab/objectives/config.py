@@ -30,4 +30,5 @@ class MultiTokenLossConfig(NextTokenConfig):
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        check(all(weight >= 0 for weight in self.head_weights), "objective.head_weights", self.head_weights, "0 or more")
+        positive = all(weight >= 0 for weight in self.head_weights)
+        check(positive, "objective.head_weights", self.head_weights, "0 or more each")

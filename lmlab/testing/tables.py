@@ -14,10 +14,11 @@ from lmlab.data.stream import Stream, train_stream
 from lmlab.data.tokenizers import byte_tokenizer
 from lmlab.models.config import AttentionConfig, ExecutionConfig, MLPConfig, RotaryConfig
 from lmlab.models.lm import LM
+from lmlab.objectives.multi_token import multi_token
 from lmlab.objectives.next_token import next_token
 from lmlab.optim.chain import build_optimizer
 from lmlab.optim.config import OptimConfig, ScheduleConfig
-from lmlab.testing.tiny import random_batch, tiny_cache, tiny_lm, tiny_tokenformer
+from lmlab.testing.tiny import random_batch, tiny_cache, tiny_lm, tiny_multi_token_lm, tiny_tokenformer
 
 LMS: dict[str, Callable[[], LM]] = {
     "llama": tiny_lm,
@@ -50,6 +51,10 @@ LMS: dict[str, Callable[[], LM]] = {
     ),
     "tokenformer_gelu_l2_norm": lambda: tiny_tokenformer(normalisation="gelu_l2_norm"),
     "tokenformer_softmax": lambda: tiny_tokenformer(normalisation="softmax"),
+    "multi_token": lambda: tiny_multi_token_lm("parallel").lm,
+    "multi_token_whole": lambda: tiny_multi_token_lm("causal").whole,
+    "multi_token_linear": lambda: tiny_multi_token_lm("linear").whole,
+    "multi_token_sequential": lambda: tiny_multi_token_lm("sequential").whole,
 }  # fmt: skip
 """Every language model of lmlab, tiny."""
 
@@ -60,11 +65,19 @@ class ObjectiveCase:
 
     build: Callable[[LM], Objective]
     batch: Callable[[], Batch] = random_batch
+    lm: Callable[[], LM] = tiny_lm
+
+
+def _several_heads(chain: Any) -> ObjectiveCase:
+    model = tiny_multi_token_lm(chain)
+    return ObjectiveCase(lambda lm: multi_token(model, head_weights=(1.0, 0.5), chunk=3), lm=lambda: model.lm)
 
 
 OBJECTIVES: dict[str, ObjectiveCase] = {
     "next_token": ObjectiveCase(lambda lm: next_token(lm, chunk=3)),
     "next_token_z_loss": ObjectiveCase(lambda lm: next_token(lm, chunk=100, z_loss=1e-2)),
+    "multi_token": _several_heads("parallel"),
+    "multi_token_sequential": _several_heads("sequential"),
 }
 """Every objective of lmlab."""
 

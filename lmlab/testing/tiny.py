@@ -1,6 +1,7 @@
 """Models and batches small enough to check by hand or by enumeration."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ from lmlab.models.config import (
     TokenFormerConfig,
     TransformerConfig,
 )
-from lmlab.models.lm import LM
+from lmlab.models.heads import multi_token_lm
+from lmlab.models.heads_config import MultiTokenConfig
+from lmlab.models.lm import LM, MultiTokenLM
 from lmlab.models.tokenformer import tokenformer
 from lmlab.models.transformer import transformer
 
@@ -49,6 +52,11 @@ def tiny_tokenformer_config(**changes: object) -> TokenFormerConfig:
 def tiny_tokenformer(**changes: object) -> LM:
     """The LM of `tiny_tokenformer_config`."""
     return tokenformer(tiny_tokenformer_config(**changes))
+
+
+def tiny_multi_token_lm(chain: Any) -> MultiTokenLM:
+    """Two heads, over three layers in all where they are layers."""
+    return multi_token_lm(MultiTokenConfig(tiny_config(layers=3), 2, chain))
 
 
 def lively(params: Params, seed: int = 0) -> Params:
