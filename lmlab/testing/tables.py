@@ -13,6 +13,8 @@ from lmlab.data.conversations import encode_conversations
 from lmlab.data.stream import Stream, train_stream
 from lmlab.data.tokenizers import byte_tokenizer
 from lmlab.models.config import AttentionConfig, ExecutionConfig, MLPConfig, RotaryConfig
+from lmlab.models.heads import multi_token_lm
+from lmlab.models.heads_config import MultiTokenConfig
 from lmlab.models.lm import LM
 from lmlab.objectives.multi_token import multi_token
 from lmlab.objectives.next_token import next_token
@@ -61,16 +63,20 @@ LMS: dict[str, Callable[[], LM]] = {
 
 @dataclass(frozen=True)
 class ObjectiveCase:
-    """An objective with a batch that it takes. `build` is given the model."""
+    """An objective with a batch that it takes. `build` is given a model of a test's choice."""
 
     build: Callable[[LM], Objective]
     batch: Callable[[], Batch] = random_batch
-    lm: Callable[[], LM] = tiny_lm
+    model: Callable[[LM], LM] = lambda lm: lm
+    """Makes of that model the one whose parameters the objective takes."""
 
 
 def _several_heads(chain: Any) -> ObjectiveCase:
-    model = tiny_multi_token_lm(chain)
-    return ObjectiveCase(lambda lm: multi_token(model, head_weights=(1.0, 0.5), chunk=3), lm=lambda: model.lm)
+    """Two heads on the test's model, which is given a layer more for the second one where that is a layer."""
+    heads = lambda lm: multi_token_lm(MultiTokenConfig(replace(lm.config, layers=lm.config.layers + 1), 2, chain))
+    return ObjectiveCase(
+        lambda lm: multi_token(heads(lm), head_weights=(1.0, 0.5), chunk=3), model=lambda lm: heads(lm).lm
+    )  # fmt: skip
 
 
 OBJECTIVES: dict[str, ObjectiveCase] = {

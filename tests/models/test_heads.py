@@ -168,7 +168,7 @@ def test_layers_that_do_not_rotate_stay_where_they_are():
 
 
 def test_sizes_that_do_not_fit_are_named():
-    with pytest.raises(UserError, match="heads = 4: expected less than model.layers = 4"):
+    with pytest.raises(UserError, match=r"heads = 4: expected less than model\.layers = 4"):
         config(heads=4)
     with pytest.raises(UserError, match="heads = 0"):
         config(heads=0)

@@ -6,16 +6,17 @@ import jax.numpy as jnp
 import pytest
 
 from lmlab.testing.tables import OBJECTIVES
-from lmlab.testing.tiny import lively
+from lmlab.testing.tiny import lively, tiny_lm
 
+LM = tiny_lm()
 KEY = jax.random.key(1)
 
 
 @pytest.fixture(params=OBJECTIVES)
 def case(request):
     case = OBJECTIVES[request.param]
-    lm = case.lm()
-    return case.build(lm), lively(lm.init(jax.random.key(0))), case.batch()
+    params = lively(case.model(LM).init(jax.random.key(0)))
+    return case.build(LM), params, case.batch()
 
 
 def test_terms_are_scalar_float32_sums_with_scales(case):
