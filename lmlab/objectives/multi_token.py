@@ -29,10 +29,7 @@ def multi_token(
 
     def objective(params: Params, batch: TokenBatch, key: Key) -> Terms:
         del key
-        length = batch.tokens_BT.shape[1] - count
-        ahead_BMT = lambda x_BT: jnp.stack([x_BT[:, i : i + length] for i in range(1, count + 1)], axis=1)
-        labels_BMT = ahead_BMT(batch.tokens_BT)
-        weights_BMT = jnp.stack([label_weights(batch, i)[:, :length] for i in range(1, count + 1)], axis=1)
+        labels_BMT, weights_BMT = ahead(batch, count)
         hidden_BMTD = hidden_of_heads(model, params, batch)
         sums = _sums(model, params, hidden_BMTD, labels_BMT, weights_BMT, z_loss, chunk)
         counts_M = jnp.sum(weights_BMT, axis=(0, 2))
@@ -47,6 +44,14 @@ def multi_token(
         return Terms(losses=losses, scales=dict(zip(names, scales, strict=True)), metrics=metrics)
 
     return objective
+
+
+def ahead(batch: TokenBatch, heads: int) -> tuple[Array, Array]:
+    """Labels and weights [B, M, T] of rows of T + M tokens: of head i at t, the token at t + i."""
+    length = batch.tokens_BT.shape[1] - heads
+    labels = [batch.tokens_BT[:, i : i + length] for i in range(1, heads + 1)]
+    weights = [label_weights(batch, i)[:, :length] for i in range(1, heads + 1)]
+    return jnp.stack(labels, axis=1), jnp.stack(weights, axis=1)
 
 
 def hidden_of_heads(model: MultiTokenLM, params: Params, batch: TokenBatch) -> Array:
