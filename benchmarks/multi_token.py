@@ -3,10 +3,10 @@
 Memory: temporary bytes of the compiled loss and gradient of a decoder of 9 layers in all, width 256, 8 rows of 256
 tokens, V = 32k, for n = 1, 2, 4, 8 heads; beside them those of the naive loss, which holds the logits of all heads.
 Decoding: a model of bytes with 4 heads is trained on Python's standard library for some minutes; then texts that were
-held out are continued greedily, one at a time, by plain decoding of head 1 (without the other heads) and with the drafts
-of heads 2 to k. The texts are compared. Overhead: time of a train step of that model over that of one head and as many
-layers. Timings are taken in turns. As its last line one JSON object: `temp_growth_n8` bytes of 8 heads over one,
-`speedup_n4` tokens per second with all drafts over plain, `acceptance_n4` share of drafted tokens that were kept,
+held out are continued greedily, one at a time, by plain decoding of head 1 (without the other heads) and with the
+drafts of heads 2 to k. The texts are compared. Overhead: time of a train step of that model over that of one head and
+as many layers. Timings are taken in turns. As its last line one JSON object: `temp_growth_n8` bytes of 8 heads over
+one, `speedup_n4` tokens per second with all drafts over plain, `acceptance_n4` share of drafted tokens that were kept,
 `overhead_n4` step time of 4 heads over one.
 """
 
@@ -94,9 +94,10 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
 
 def byte_model(heads: int, args: argparse.Namespace) -> MultiTokenLM:
     """The model of bytes, as many layers for any number of heads."""
+    attention = AttentionConfig(heads=args.width // 32, kv_heads=args.width // 64)
     config = TransformerConfig(
-        vocab_size=257, layers=args.layers, width=args.width, max_length=1024,
-        attention=AttentionConfig(heads=args.width // 32, kv_heads=args.width // 64), execution=ExecutionConfig(unroll=0),
+        vocab_size=257, layers=args.layers, width=args.width, max_length=1024, attention=attention,
+        execution=ExecutionConfig(unroll=0),
     )  # fmt: skip
     return multi_token_lm(MultiTokenConfig(config, heads))
 

@@ -4,8 +4,8 @@
 
 Induction: names of two tokens return in random text; how often does head 1 know the second token, and at which step
 does it pass a quarter? Polynomials: how often is the value of an expression of m operations right, all five
-coefficients? Models of equal size, several seeds at once. Prints medians and quartiles over seeds; writes results.json and
-multi_token.svg.
+coefficients? Models of equal size, several seeds at once. Prints medians and quartiles over seeds; writes results.json
+and multi_token.svg.
 """
 
 import json
