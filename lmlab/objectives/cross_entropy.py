@@ -166,7 +166,7 @@ def _heads_backward(
 ) -> tuple[Params, Array, None, None]:
     head, *arrays, weights_BMT = residuals
     # The gradient is linear in the weights. Heads become rows, which stay on their devices, of shorter chunks.
-    arrays = [x.reshape(-1, *x.shape[2:]) for x in (*arrays, weights_BMT * cotangent.loss[:, None])]
+    arrays = [x.reshape(-1, *x.shape[2:]) for x in (*arrays, weights_BMT * cotangent.loss[None, :, None])]
     shorter = -(-chunk // weights_BMT.shape[1])
     ones = TokenSums(*(jnp.ones((), jnp.float32),) * 3)
     _, slopes = _forward(logits, head, *arrays, z_loss, shorter, axes)
