@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import multi_token as benchmark
 from experiments import multi_token as experiment
+from lmlab.data.synthetic import one_document_a_row
 from lmlab.models.heads import multi_token_lm
 from lmlab.models.heads_config import MultiTokenConfig
 from lmlab.objectives.multi_token import multi_token
@@ -42,7 +43,7 @@ def test_the_step_of_formation_is_the_first_past_the_threshold():
 def test_the_control_teaches_its_first_head_alone():
     model = multi_token_lm(MultiTokenConfig(tiny_config(layers=3), 2))
     params = lively(model.lm.init(jax.random.key(0)))
-    batch = experiment.one_document_a_row(jax.random.randint(jax.random.key(1), (4, 9), 0, 7))
+    batch = one_document_a_row(jax.random.randint(jax.random.key(1), (4, 9), 0, 7))
     ours, real = (f(model)(params, batch, jax.random.key(0)).losses for f in (experiment.shuffled, multi_token))
     assert ours["head_1"].sum == pytest.approx(float(real["head_1"].sum), rel=1e-6)
     assert ours["head_2"].sum != pytest.approx(float(real["head_2"].sum), rel=1e-3)
