@@ -2,6 +2,11 @@
 
     python -m experiments.sft --source MODEL --data.train 'chats/*.jsonl' --export FOLDER
 
+MODEL is a run, a folder of transformers, a .gguf file or a llama2.c .bin; held-out loss and answers are shown before
+the first step and on the way. SmolLM2-135M-Instruct (Q4_1, GGUF) on 8.9k records of Alpaca, 40 steps of 4 x 256 tokens
+with --optim.schedule.peak 1e-4: expect the held-out loss to fall from 1.95 to 1.75 nats per token of an answer, in ten
+minutes on two shared CPU cores (4 s a step where they are free), with 10 GB of memory.
+
 Interrupt it at any moment and run the same command again: it goes on, bit for bit.
 """
 

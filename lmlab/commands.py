@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -15,9 +15,6 @@ from lmlab.core.errors import UserError, check
 from lmlab.inference.config import SamplingConfig
 from lmlab.recipe import Pretrain, load_recipe
 from lmlab.train.config import HostsConfig
-
-if TYPE_CHECKING:
-    from lmlab.training import Outcome
 
 RUNS = Path("runs")
 
@@ -135,8 +132,11 @@ def run(args: Run) -> int:
     return train(partial(pretrain, args.config), steps, args.out or str(RUNS / name), args.profile, args.hosts)
 
 
-def train(method: "Callable[[Path, Any], Outcome]", steps: int, out: str, profile: str, hosts: HostsConfig) -> int:
-    """Let a method train into the folder `out`; 0 when finished, 130 or 143 when interrupted by SIGINT or SIGTERM."""
+def train(method: Callable[[Path, Any], Any], steps: int, out: str, profile: str, hosts: HostsConfig) -> int:
+    """Let a method train into the folder `out`; 0 when finished, 130 or 143 when interrupted by SIGINT or SIGTERM.
+
+    method: `method(folder, profile) -> Outcome`.
+    """
     from lmlab.report.profile import parse_steps
     from lmlab.train.hosts import is_first, join
 

@@ -25,6 +25,15 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Compiled programs go with the module that needed them. Each holds some maps of memory, of which Linux gives a
+    process 65,530 (vm.max_map_count); the one that gets no more dies of a segmentation fault.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> Path:
     """A folder with the recipe, its corpus, and in "out" a run that nobody touched."""

@@ -57,7 +57,7 @@ def _keep_until(lacking: Callable[[Array], Array], logits_BV: Array) -> Array:
     def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low_B1, high_B1 = ends
         middle_B1 = low_B1 + (high_B1 - low_B1) // 2
-        fits_B1 = lacking(logits_BV > _float_of(middle_B1)) | (middle_B1 >= high_B1)
+        fits_B1 = lacking(logits_BV > _float_of(middle_B1))
         return jnp.where(fits_B1, low_B1, middle_B1 + 1), jnp.where(fits_B1, middle_B1, high_B1)
 
     ends = (_order(jnp.min(logits_BV, axis=-1, keepdims=True)), _order(jnp.max(logits_BV, axis=-1, keepdims=True)))

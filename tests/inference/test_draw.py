@@ -56,6 +56,20 @@ def test_the_ends_of_the_numbers_are_the_first_and_the_last_token():
     assert np.asarray(at(jnp.asarray([0, LAST]), jnp.asarray(logits_V))).tolist() == [1, len(logits_V) - 2]
 
 
+def test_a_border_belongs_to_the_token_after_it():
+    uniform_N = jnp.asarray([0, 0.25, 0.5, 0.75], jnp.float32)
+    assert np.asarray(at(uniform_N, jnp.asarray([0, -np.inf, 0, 0, 0]))).tolist() == [0, 2, 3, 4]
+    # Between blocks too.
+    logits_V = np.full(4 * BLOCK, -np.inf, np.float32)
+    logits_V[::BLOCK] = 0
+    assert np.asarray(at(uniform_N, jnp.asarray(logits_V))).tolist() == [0, BLOCK, 2 * BLOCK, 3 * BLOCK]
+
+
+def test_where_rounding_leaves_nothing_it_is_the_last_token_of_some_weight():
+    logits_V = np.asarray([-np.inf, 0, 1, *[-np.inf] * (2 * BLOCK)], np.float32)
+    assert np.asarray(at(jnp.asarray([1.0]), jnp.asarray(logits_V))).tolist() == [2]
+
+
 def test_no_number_draws_a_token_of_no_weight():
     # Sums of many blocks, made in parallel, rise and fall by rounding where nothing is added: try the borders.
     vocab = 512 * BLOCK

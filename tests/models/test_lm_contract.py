@@ -112,23 +112,30 @@ def test_cache_takes_rows_in_and_forgets(made):
 def test_cache_drops_padding_beyond_its_room_and_grows(made):
     lm, params = made
     # Row 0 holds 3 tokens and row 1 fills all 4 places; padding goes beyond them. Then more room, and two tokens more.
-    lengths = jnp.asarray([3, 4])
-    segments = (jnp.arange(6)[None] < lengths[:, None]).astype(jnp.int32)
-    _, cache = lm.apply(params, tokens(), segments_BT=segments, cache=lm.init_cache(2, 4))
-    cache = lm.resize(cache, 7)
-    chex.assert_trees_all_equal(jax.tree.map(jnp.shape, cache), jax.tree.map(jnp.shape, lm.init_cache(2, 7)))
-    cache = lm.resize(lm.resize(cache, 4), 6)  # no fewer than are held
-    following = tokens(2, 2, seed=5)
-    hidden, _ = lm.apply(params, following, cache=cache)
-    for row, length in enumerate(lengths):
-        alone = jnp.concatenate([tokens()[row, :length], following[row]])[None]
-        chex.assert_trees_all_close(hidden[row], lm.apply(params, alone)[0][0, length:], atol=2e-5)
+    lengths, following = jnp.asarray([3, 4]), tokens(2, 2, seed=5)
+    held_BT = jnp.arange(6)[None] < lengths[:, None]
+
+    @jax.jit
+    def both(params):
+        _, cache = lm.apply(params, tokens(), segments_BT=held_BT.astype(jnp.int32), cache=lm.init_cache(2, 4))
+        cache = lm.resize(cache, 7)
+        chex.assert_trees_all_equal_shapes(cache, lm.init_cache(2, 7))
+        cache = lm.resize(lm.resize(cache, 4), 6)  # no fewer than are held
+        places = jnp.arange(2)[:, None], lengths[:, None] + jnp.arange(2)[None]
+        whole, _ = lm.apply(params, tokens().at[places].set(following))
+        return lm.apply(params, following, cache=cache)[0], whole[places]
+
+    chex.assert_trees_all_close(*both(params), atol=2e-5)
 
 
 def test_rows_put_in_leave_the_others_as_they_are(made):
-    lm, params = made
-    _, cache = lm.apply(params, tokens(3, 4), cache=lm.init_cache(3, 5))
-    _, other = lm.apply(params, tokens(4, 2, seed=6), cache=lm.init_cache(4, 5))
+    lm, _ = made
+
+    def number(rows, start):
+        count = lambda x: jnp.arange(start, start + x.size).reshape(x.shape).astype(x.dtype)
+        return jax.tree.map(count, lm.init_cache(rows, 5))
+
+    cache, other = number(3, 0), number(4, 7)
     # Many rows beyond the last, and the only one that is not.
     found = lm.put_rows(cache, jnp.asarray([3, 3, 1, 4]), other)
     chex.assert_trees_all_equal(lm.take_rows(found, jnp.asarray([0, 2])), lm.take_rows(cache, jnp.asarray([0, 2])))
