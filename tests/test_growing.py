@@ -1,0 +1,103 @@
+"""A run grows into a larger run: it begins with the same numbers, trains on, and is refused where it cannot be."""
+
+import json
+from dataclasses import replace
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lmlab.core.errors import UserError
+from lmlab.data.config import DataConfig, Files
+from lmlab.growing import grow_run
+from lmlab.models.config import AttentionConfig, GrowthConfig, ParameterTokens, TokenFormerConfig, TransformerConfig
+from lmlab.optim.config import OptimConfig
+from lmlab.pretrain import pretrain
+from lmlab.recipe import EvalConfig, Pretrain
+from lmlab.runs import load_run
+from lmlab.train.config import ParallelConfig, TrainConfig
+from lmlab.train.folder import read_config
+from lmlab.training import load_checkpoints
+
+SMALL = TokenFormerConfig(
+    layers=2, width=16, max_length=32, attention=AttentionConfig(heads=2), parameter_tokens=ParameterTokens(8)
+)
+LARGE = replace(SMALL, parameter_tokens=ParameterTokens(12, 8, 40))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A run of the small model, and its recipe."""
+    folder = tmp_path_factory.mktemp("growing")
+    texts = [f"document {i} " * (i % 5 + 3) for i in range(40)]
+    (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    recipe = Pretrain(
+        model=SMALL,
+        data=DataConfig(
+            sources={"text": Files(str(folder / "corpus.jsonl"), heldout_percent=20)}, length=16, batch_size=4,
+            cache_dir=str(folder / "cache"),
+        ),
+        optim=OptimConfig(),
+        train=TrainConfig(steps=4, log_every=1, eval_every=4, sample_every=0, checkpoint_every=2),
+        parallel=ParallelConfig(data=1),
+        eval=EvalConfig(batches=1, prompts=(), baselines=False),
+    )  # fmt: skip
+    pretrain(recipe, folder / "small")
+    return folder / "small", recipe
+
+
+def logits(folder):
+    run = load_run(folder)
+    tokens = jnp.arange(12).reshape(2, 6) + 97
+    return run.lm.logits(run.params, run.lm.apply(run.params, tokens)[0])
+
+
+@pytest.mark.parametrize("optimizer", ["reset", "extend"])
+def test_a_grown_run_begins_where_the_small_one_stands_and_trains_on(source, tmp_path, optimizer):
+    small, recipe = source
+    out = tmp_path / "large"
+    config = grow_run(small, replace(recipe, model=LARGE), out, GrowthConfig(optimizer=optimizer))
+    assert config == read_config(out)
+    assert config.model.references == SMALL.counts
+    chex.assert_trees_all_close(logits(out), logits(small), atol=1e-6)
+    outcome = pretrain(config, out)
+    assert outcome.step == 4
+    assert not jnp.allclose(logits(out), logits(small), atol=1e-3)
+
+
+def test_moments_are_extended_or_new(source, tmp_path):
+    small, recipe = source
+    norms = {}
+    for optimizer in ("reset", "extend"):
+        out = tmp_path / optimizer
+        grow_run(small, replace(recipe, model=LARGE), out, GrowthConfig(optimizer=optimizer))
+        manager = load_checkpoints(out).manager
+        import orbax.checkpoint as ocp
+
+        rest = manager.restore(0, args=ocp.args.Composite(rest=ocp.args.StandardRestore()))["rest"]
+        norms[optimizer] = sum(float(jnp.sum(jnp.abs(x))) for x in jax.tree.leaves(rest["opt_state"]))
+        manager.close()
+    assert norms["reset"] == 0
+    assert norms["extend"] > 0
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (replace(LARGE, width=32), "model.width = 32: expected 16, as in the model that grows"),
+        (replace(LARGE, parameter_tokens=ParameterTokens(4)), r"model.parameter_tokens.qkv = 4: expected at least 8"),
+        (TransformerConfig(layers=2, width=16), "TransformerConfig of the recipe.*only those grow"),
+    ],
+)
+def test_what_cannot_grow_is_named_and_nothing_is_written(source, tmp_path, model, message):
+    small, recipe = source
+    with pytest.raises(UserError, match=message):
+        grow_run(small, replace(recipe, model=model), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(source):
+    small, recipe = source
+    with pytest.raises(UserError, match="one that holds no run"):
+        grow_run(small, replace(recipe, model=LARGE), small)
