@@ -1,8 +1,8 @@
 """A TokenFormer's layer beside a dense one of equal operations: `python -m benchmarks.tokenformer`.
 
-Both are layers of the same decoder, of the same width, heads and rows: Pattentions of n = width parameter tokens (4 n in
-place of the feed-forward), and linear maps with a GELU feed-forward whose width makes the multiplications the same, 6
-times that of the residual stream. Timed in turns: the forward pass, and gradient plus AdamW. Prints milliseconds
+Both are layers of the same decoder, of the same width, heads and rows: Pattentions of n = width parameter tokens (4 n
+in place of the feed-forward), and linear maps with a GELU feed-forward whose width makes the multiplications the same,
+6 times that of the residual stream. Timed in turns: the forward pass, and gradient plus AdamW. Prints milliseconds
 (medians); as its last line one JSON object of time over the dense layer's (`forward_ratio`, `step_ratio`).
 """
 
