@@ -6,15 +6,18 @@ from dataclasses import replace
 import chex
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 import pytest
 
+from lmlab.cli import main
 from lmlab.core.errors import UserError
 from lmlab.data.config import DataConfig, Files
 from lmlab.growing import grow_run
+from lmlab.loading import export
 from lmlab.models.config import AttentionConfig, GrowthConfig, ParameterTokens, TokenFormerConfig, TransformerConfig
 from lmlab.optim.config import OptimConfig
 from lmlab.pretrain import pretrain
-from lmlab.recipe import EvalConfig, Pretrain
+from lmlab.recipe import EvalConfig, Pretrain, load_recipe
 from lmlab.runs import load_run
 from lmlab.train.config import ParallelConfig, TrainConfig
 from lmlab.train.folder import read_config
@@ -73,8 +76,6 @@ def test_moments_are_extended_or_new(source, tmp_path):
         out = tmp_path / optimizer
         grow_run(small, replace(recipe, model=LARGE), out, GrowthConfig(optimizer=optimizer))
         manager = load_checkpoints(out).manager
-        import orbax.checkpoint as ocp
-
         rest = manager.restore(0, args=ocp.args.Composite(rest=ocp.args.StandardRestore()))["rest"]
         norms[optimizer] = sum(float(jnp.sum(jnp.abs(x))) for x in jax.tree.leaves(rest["opt_state"]))
         manager.close()
@@ -101,3 +102,17 @@ def test_a_folder_that_holds_a_run_is_left_alone(source):
     small, recipe = source
     with pytest.raises(UserError, match="one that holds no run"):
         grow_run(small, replace(recipe, model=LARGE), small)
+
+
+def test_no_family_of_transformers_has_it(source, tmp_path):
+    with pytest.raises(UserError, match=r"expected a transformer\. No family"):
+        export(source[0], tmp_path / "out")
+
+
+def test_its_fields_are_options_of_the_command_line(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "configs/tokenformer_large.py", "--help"])
+    said = capsys.readouterr().out
+    assert "--model.parameter-tokens.qkv" in said
+    assert "--model.mlp" not in said
+    assert load_recipe("configs/tokenformer_large.py")[1].model.counts == ParameterTokens(576, 576, 2304)

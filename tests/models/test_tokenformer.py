@@ -52,7 +52,7 @@ def test_repeated_parameter_tokens_share_their_value_where_tau_follows():
 
 def test_one_parameter_token_knows_the_sign_alone():
     key, value = KEYS[:, :1], VALUES[:1]
-    wanted = jax.nn.gelu(jnp.sign(X @ key), approximate=False) * value[0]
+    wanted = jax.nn.gelu(jnp.sign(X @ key), approximate=False) @ value
     chex.assert_trees_all_close(pattention(X, key, value, 1.0), wanted, atol=1e-6)
 
 
@@ -109,7 +109,8 @@ def test_a_block_is_the_paper_s():
         seen = reference_attention(*qkv, self_attention_mask(jnp.arange(5)[None]))
         x = x + Pattention(config, 8, 8).apply({"params": layer["out"]}, seen.reshape(1, 5, -1))
         x = x + Pattention(config, 24, 24).apply({"params": layer["ffn"]}, norm(x))
-    wanted = norm(x) * params["final_norm"]["scale"] + params["final_norm"]["bias"]
+    last = params["final_norm"]
+    wanted = norm(x) * last["scale"][None, None] + last["bias"][None, None]
     chex.assert_trees_all_close(lm.apply(params, tokens_BT)[0], wanted, atol=1e-5)
 
 
@@ -184,6 +185,14 @@ def test_flops_count_every_weight_of_a_layer():
     weights = sum(leaf.size for leaf in jax.tree.leaves(shapes["layers"]))
     scores, head = 2 * config.layers * 16 * (9 + 1) / 2, 7 * 16
     assert training_flops_per_token(config, 9) == 6 * (weights + scores + head)
+
+
+def test_devices_along_the_tensor_axis_share_the_weights_and_keep_tau():
+    config = tiny_tokenformer_config()
+    part = config.part(4)
+    assert 4 * part.layer_weights == config.layer_weights
+    assert part.references == config.counts
+    assert part.head_dim == config.head_dim
 
 
 @pytest.mark.parametrize(
