@@ -50,11 +50,11 @@ def arms(config: ModelConfig, rows: int, length: int, seed: int) -> dict[str, Ca
     x_BTD = jax.random.normal(jax.random.key(seed + 1), (rows, length, config.width))
     slope_BTD = jax.random.normal(jax.random.key(seed + 2), x_BTD.shape)
 
-    def forward(params: Any) -> Any:
+    def forward(params: Any, x_BTD: Any) -> Any:
         return lm.apply(params, x_BTD)[0]
 
-    def step(params: Any, state: Any) -> Any:
-        loss = lambda params: jnp.sum(forward(params).astype(jnp.float32) * slope_BTD) / x_BTD.size
+    def step(params: Any, state: Any, x_BTD: Any, slope_BTD: Any) -> Any:
+        loss = lambda params: jnp.sum(forward(params, x_BTD).astype(jnp.float32) * slope_BTD) / x_BTD.size
         updates, state = tx.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
 
@@ -62,10 +62,10 @@ def arms(config: ModelConfig, rows: int, length: int, seed: int) -> dict[str, Ca
     held = [jax.tree.map(jnp.copy, params), tx.init(params)]
 
     def train() -> Any:
-        held[:] = advance(*held)
+        held[:] = advance(*held, x_BTD, slope_BTD)
         return held
 
-    return {"forward": lambda: run(params), "step": train}
+    return {"forward": lambda: run(params, x_BTD), "step": train}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from lmlab.cli import exit_code
 from lmlab.core.rng import key_for
 from lmlab.core.types import Array, Params, TokenBatch
 from lmlab.data.config import DataConfig
-from lmlab.data.open import Data, open_data
+from lmlab.data.open import open_data
 from lmlab.models.config import AttentionConfig, GrowthConfig, ParameterTokens, TokenFormerConfig
 from lmlab.models.flops import training_flops_per_token
 from lmlab.models.growth import grow_params, grown_config
@@ -80,80 +81,84 @@ Curve = dict[int, list[float]]
 """Held-out loss of each seed by step."""
 
 
-class Trainer:
-    """Trains all members of an arm at once: states have the seeds as their first axis."""
+@dataclass(frozen=True)
+class Text:
+    """What all arms read."""
 
-    def __init__(self, data: Data, options: Options) -> None:
-        self.options = options
-        self.rows = lambda first, count: _stacked(data.train.batches(first, count), options.seeds)
-        held_out = list(data.heldout())
-        self.held_out = jax.tree.map(lambda *x: jnp.concatenate(x)[: 64 if options.smoke else HELD_OUT], *held_out)
-
-    def train(
-        self, config: TokenFormerConfig, params: Params, steps: int, first: int, looks: Sequence[int]
-    ) -> tuple[Params, Curve]:  # fmt: skip
-        """The parameters after `steps` on the batches from `first` on, and the losses at `looks`.
-
-        params: [A, S, ...] of A arms with S seeds each; the curves hold A lists of S, one after the other.
-        """
-        lm = tokenformer(config)
-        schedule = ScheduleConfig(peak=self.options.peak)
-        tx = build_optimizer(OptimConfig(schedule=schedule), lm.axes, steps)
-        one = make_step(next_token(lm), tx)
-        arms = jax.vmap(jax.vmap(lambda state, batch: one(state, batch)[0]), (0, None))
-        advance = jax.jit(lambda states, rows: jax.lax.scan(lambda s, batch: (arms(s, batch), None), states, rows)[0])
-        keys = jax.random.split(jax.random.key(0), jax.tree.leaves(params)[0].shape[:2])
-        states: State = jax.jit(jax.vmap(jax.vmap(lambda p, key: new_state(p, tx, key))))(params, keys)
-        measure = self.measure(config)
-        curve, now = {}, 0
-        # One length of scan for all, so that it is compiled once.
-        count = math.gcd(*looks, steps, 100)
-        for look in sorted({*looks, steps}):
-            while now < look:
-                states = advance(states, self.rows(first + now, count))
-                now += count
-            curve[look] = measure(states.params)
-        return states.params, curve
-
-    def measure(self, config: TokenFormerConfig) -> Callable[[Params], list[float]]:
-        """Held-out loss of every member, in nats a byte."""
-        evaluation = make_evaluation(next_token(tokenformer(config)))
-
-        def loss(params: Params) -> Array:
-            return ratio_value(next(iter(evaluation(params, self.held_out, jax.random.key(0)).losses.values())))
-
-        every = jax.jit(jax.vmap(lambda arm: jax.lax.map(loss, arm)))
-        return lambda params: np.asarray(every(params)).ravel().tolist()
+    rows: Callable[[int, int], TokenBatch]
+    """`rows(first, count)`: batches [count, S, rows, ...] from a step on; every seed has its own rows."""
+    held_out: TokenBatch
 
 
-def _stacked(batches: Any, seeds: int) -> TokenBatch:
-    """[steps, seeds, rows, ...]: every seed has its own rows."""
-    deal = lambda *x: np.stack([np.asarray(part).reshape(seeds, -1, *part.shape[1:]) for part in x])
-    return jax.tree.map(deal, *batches)
+def read_text(options: Options) -> Text:
+    """Program text by bytes: the sources of Python's standard library."""
+    data = open_data(DataConfig(length=LENGTH, batch_size=ROWS * options.seeds))
+    deal = lambda *x: np.stack([np.asarray(part).reshape(options.seeds, -1, *part.shape[1:]) for part in x])
+    rows = lambda first, count: jax.tree.map(deal, *data.train.batches(first, count))
+    limit = 64 if options.smoke else HELD_OUT
+    held_out = itertools.islice(data.heldout(), -(-limit // (ROWS * options.seeds)))
+    return Text(rows, jax.tree.map(lambda *x: jnp.concatenate(x)[:limit], *held_out))
+
+
+def train(
+    text: Text, peak: float, config: TokenFormerConfig, params: Params, steps: range, looks: Sequence[int]
+) -> tuple[Params, Curve]:  # fmt: skip
+    """The parameters after training on the batches of these steps, and held-out losses after `looks` of them.
+
+    params: [A, S, ...] of A arms with S seeds each; the curves hold A lists of S, one after the other.
+    """
+    lm = tokenformer(config)
+    tx = build_optimizer(OptimConfig(schedule=ScheduleConfig(peak=peak)), lm.axes, len(steps))
+    one = make_step(next_token(lm), tx)
+    arms = jax.vmap(jax.vmap(lambda state, batch: one(state, batch)[0]), (0, None))
+    advance = jax.jit(lambda states, rows: jax.lax.scan(lambda s, batch: (arms(s, batch), None), states, rows)[0])
+    keys = jax.random.split(jax.random.key(0), jax.tree.leaves(params)[0].shape[:2])
+    states: State = jax.jit(jax.vmap(jax.vmap(lambda p, key: new_state(p, tx, key))))(params, keys)
+    measure = held_out_loss(text, config)
+    curve, now = {}, 0
+    # One length of scan for all, so that it is compiled once.
+    count = math.gcd(*looks, len(steps), 100)
+    for look in sorted({*looks, len(steps)}):
+        while now < look:
+            states = advance(states, text.rows(steps[now], count))
+            now += count
+        curve[look] = measure(states.params)
+    return states.params, curve
+
+
+def held_out_loss(text: Text, config: TokenFormerConfig) -> Callable[[Params], list[float]]:
+    """Held-out loss of every member, in nats a byte."""
+    evaluation = make_evaluation(next_token(tokenformer(config)))
+
+    def loss(params: Params) -> Array:
+        return ratio_value(next(iter(evaluation(params, text.held_out, jax.random.key(0)).losses.values())))
+
+    every = jax.jit(jax.vmap(lambda arm: jax.lax.map(loss, arm)))
+    return lambda params: np.asarray(every(params)).ravel().tolist()
 
 
 def run(options: Options) -> dict[str, Any]:
     """Train every arm; all that is printed and drawn."""
     if options.smoke:
         options = replace(options, seeds=2, base=8, grown=4, budgets=(4, 12))
-    data = open_data(DataConfig(length=LENGTH, batch_size=ROWS * options.seeds))
-    trainer = Trainer(data, options)
+    learn = partial(train, read_text(options), options.peak)
     small = replace(MODEL, parameter_tokens=ParameterTokens(options.tokens))
     counts = replace(MODEL, parameter_tokens=ParameterTokens(options.more)).counts
     keys = jax.random.split(jax.random.key(1), (1, options.seeds))
     begin = lambda config: jax.jit(jax.vmap(jax.vmap(tokenformer(config).init)))(keys)
 
     say("the small model")
-    base, before = trainer.train(small, begin(small), options.base, 0, [])
+    base, before = learn(small, begin(small), range(options.base), [])
+    after = range(options.base, options.base + options.grown)
     looks = sorted({0, *(look for look in (10, 30, 60, 100, 150) if look < options.grown)})
-    arms = {"small model, trained on": trainer.train(small, base, options.grown, options.base, looks)[1]}
+    arms = {"small model, trained on": learn(small, base, after, looks)[1]}
     dead = {}
     for tau in ("keep", "follow"):
         chosen = {name: growth for name, growth in GROWTHS.items() if growth.tau == tau}
         say("; ".join(chosen))
         grown = [_grown(small, counts, base, growth) for growth in chosen.values()]
         params = jax.tree.map(lambda *x: jnp.concatenate(x), *(params for _, params in grown))
-        params, curve = trainer.train(grown[0][0], params, options.grown, options.base, looks)
+        params, curve = learn(grown[0][0], params, after, looks)
         for i, name in enumerate(chosen):
             mine = slice(i * options.seeds, (i + 1) * options.seeds)
             arms[name] = {step: losses[mine] for step, losses in curve.items()}
@@ -162,7 +167,7 @@ def run(options: Options) -> dict[str, Any]:
     scratch = {}
     for budget in options.budgets:
         say(f"large from nothing, {budget} steps")
-        scratch[budget] = trainer.train(large, begin(large), budget, 0, [min(30, budget)])[1]
+        _, scratch[budget] = learn(large, begin(large), range(budget), [min(_early(options.grown), budget)])
     cost = {"small": training_flops_per_token(small, LENGTH), "large": training_flops_per_token(large, LENGTH)}
     result = {"options": asdict(options), "small model before growth": before[options.base], "arms": arms,
               "scratch": scratch, "largest new key": dead, "flops_per_token": cost}  # fmt: skip
@@ -176,6 +181,10 @@ def _grown(
     keys = jax.random.split(key_for(jax.random.key(2), "growth"), jax.tree.leaves(base)[0].shape[:2])
     grow = lambda params, key: grow_params(params, small, config, key, growth)
     return config, jax.jit(jax.vmap(jax.vmap(grow)))(base, keys)
+
+
+def _early(steps: int) -> int:
+    return min(30, steps)
 
 
 def saved(result: dict[str, Any]) -> dict[str, Any]:
@@ -205,7 +214,7 @@ def table(result: dict[str, Any]) -> str:
     """The table of all arms."""
     show = lambda losses: f"{np.mean(losses):8.4f} ±{np.std(losses, ddof=1):.4f}"
     end = result["options"]["grown"]
-    middle = 30 if end > 30 else end
+    middle = _early(end)
     lines = [f"{'held-out loss, nats a byte':46s} {'at growth':>16s} {f'+{middle}':>16s} {f'+{end}':>16s}",
              f"{'small model before growth':46s} {show(result['small model before growth']):>16s}"]  # fmt: skip
     for name, curve in result["arms"].items():

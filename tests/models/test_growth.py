@@ -51,7 +51,7 @@ def test_new_keys_of_zero_keep_the_function(counts):
     chex.assert_trees_all_equal_shapes_and_dtypes(params, shapes)
     chex.assert_trees_all_close(logits(config, params), logits(SMALL, PARAMS), atol=1e-6, rtol=1e-6)
     # Whatever the new values are.
-    other = jax.tree.map(lambda new, names: new, params, params)
+    other = jax.tree.map(lambda leaf: leaf, params)
     for part in ("out", "ffn"):
         old = PARAMS["layers"][part]["values"].shape[1]
         other["layers"][part]["values"] = params["layers"][part]["values"].at[:, old:].set(100.0)
