@@ -1,7 +1,7 @@
 """Shapes of language models as typed, frozen configs. Imports no JAX."""
 
-from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self, TypeAlias
 
 from lmlab.core.errors import check
 
@@ -152,6 +152,14 @@ class DecoderConfig:
         """Entries of the matrices that a token meets in one layer."""
         raise NotImplementedError
 
+    def part(self, devices: int) -> Self:
+        """What one of so many devices along the tensor axis computes of it, as a model."""
+        shape = replace(
+            self.attention, heads=self.attention.heads // devices, kv_heads=self.kv_heads // devices,
+            head_dim=self.head_dim,
+        )  # fmt: skip
+        return replace(self, vocab_size=self.vocab_size // devices, attention=shape)
+
 
 @dataclass(frozen=True)
 class TransformerConfig(DecoderConfig):
@@ -173,6 +181,10 @@ class TransformerConfig(DecoderConfig):
         """Entries of the matrices that a token meets in one layer."""
         attention = self.width * self.head_dim * 2 * (self.attention.heads + self.kv_heads)
         return attention + self.width * self.mlp_width * (3 if self.mlp.activation == "swiglu" else 2)
+
+    def part(self, devices: int) -> Self:
+        """What one of so many devices along the tensor axis computes of it, as a model."""
+        return replace(super().part(devices), mlp=replace(self.mlp, width=self.mlp_width // devices))
 
 
 @dataclass(frozen=True)
@@ -252,6 +264,12 @@ class TokenFormerConfig(DecoderConfig):
         counts, heads, kv_heads = self.counts, self.attention.heads * self.head_dim, self.kv_heads * self.head_dim
         qkv = counts.qkv * (3 * self.width + heads + 2 * kv_heads)
         return qkv + counts.proj * (heads + self.width) + counts.ffn * 2 * self.width
+
+    def part(self, devices: int) -> Self:
+        """What one of so many devices along the tensor axis computes of it, as a model."""
+        counts = self.counts
+        share = ParameterTokens(counts.qkv // devices, counts.proj // devices, counts.ffn // devices)
+        return replace(super().part(devices), parameter_tokens=share, reference=self.references)
 
 
 ModelConfig: TypeAlias = TransformerConfig | TokenFormerConfig

@@ -43,7 +43,9 @@ class Decoder(nn.Module):
             "embedding", kernel_init(TABLE, config.embedding_std), (config.vocab_size, config.width)
         )
         if not config.tied:
-            self.unembedding = self.param("unembedding", kernel_init(TABLE), (config.vocab_size, config.width))
+            self.unembedding = self.param(
+                "unembedding", kernel_init(TABLE, config.embedding_std), (config.vocab_size, config.width)
+            )
         if config.positions == "learned":
             self.position_embedding = self.param(
                 "position_embedding",

@@ -27,7 +27,7 @@ def score_weights(scores: Array, tau: float, config: TokenFormerConfig) -> Array
     """The weights of the parameter tokens (last axis) from their scores, float32 to float32 (equation 5).
 
     l2_norm_gelu: what gelu is given has the norm tau. The eps inside of the root makes scores of zero give zero, with
-    a gradient of zero. gelu_l2_norm, softmax: the ablations; softmax is multiplied by tau^2.
+    a finite gradient (of tau / (2 eps)). gelu_l2_norm, softmax: the ablations; softmax is multiplied by tau^2.
     """
     if config.normalisation == "softmax":
         return jax.nn.softmax(scores, axis=-1) * tau**2
