@@ -20,7 +20,7 @@ from lmlab.models import tokenformer, transformer
 from lmlab.models.build import language_model
 from lmlab.models.cache import KVCache
 from lmlab.models.config import DecoderConfig, ModelConfig, TokenFormerConfig
-from lmlab.models.decoder import Block, Carry, Decoder, _lay_apart, _remat, _seen
+from lmlab.models.decoder import Block, Carry, Decoder, _check_length, _lay_apart, _remat, _seen
 from lmlab.models.heads_config import MultiTokenConfig
 from lmlab.models.layers import Linear, Norm
 from lmlab.models.lm import LM, Axes, MultiTokenLM, Reading
@@ -33,7 +33,7 @@ class Trunk(Decoder):
     def setup(self) -> None:
         """Declare the parameters."""
         super().setup()
-        self.final_norm = lambda x_BTD: x_BTD
+        self.final_norm: Any = lambda x_BTD: x_BTD
 
 
 class LayerHead(nn.Module):
@@ -152,6 +152,7 @@ def multi_token_lm(config: MultiTokenConfig) -> MultiTokenLM:
         return first_BTD, reading.cache
 
     def init_cache(batch: int, length: int) -> KVCache:
+        _check_length(model, length)
         dtype = jnp.dtype(model.execution.compute_dtype)
         layers = depth + (0 if config.chain == "linear" else config.heads - 1)
         return caches.empty_cache(
@@ -207,6 +208,7 @@ def _read(config: MultiTokenConfig, model: ModelConfig) -> Callable[..., Reading
         params: Params, inputs: Array, *, positions_BT: Array | None = None, segments_BT: Array | None = None,
         mask: AttentionMask | None = None, cache: KVCache | None = None,
     ) -> Reading:  # fmt: skip
+        _check_length(model, inputs.shape[1])
         if positions_BT is None:
             start = jnp.zeros((len(inputs), 1), jnp.int32) if cache is None else cache.length_B[:, None]
             positions_BT = start + jnp.arange(inputs.shape[1], dtype=jnp.int32)[None]
@@ -214,7 +216,8 @@ def _read(config: MultiTokenConfig, model: ModelConfig) -> Callable[..., Reading
         mask = mask or default
         if model.execution.stacked:
             params = {**params, "layers": jax.tree.map(lambda x: x[:layers], params["layers"])}
-        x_BTD, cache = trunk.apply({"params": params}, inputs, positions_BT, mask, cache, places_BT)
+        made: Any = trunk.apply({"params": params}, inputs, positions_BT, mask, cache, places_BT)
+        x_BTD, cache = made
         table = rotary_table(model.rotary, model.head_dim, positions_BT) if model.positions == "rotary" else None
         return Reading(x_BTD.astype(jnp.float32), x_BTD, mask, table, places_BT, cache)
 
@@ -235,14 +238,16 @@ def _head(
     def head(params: Params, number: int, reading: Reading, following: Array) -> tuple[Array, Reading]:
         chained = number > 1 and config.chain in ("causal", "sequential")
         x_BTD = reading.chain_BTD if chained else reading.trunk_BTD.astype(dtype)
-        carry, layer = (x_BTD, reading.cache), config.depth + number - 2
+        carry: Any = (x_BTD, reading.cache)
+        layer = config.depth + number - 2
         where = layer, reading.table, reading.mask, reading.places_BT
         if number > 1:
             following_BTD = embed(params, following) if config.chain == "sequential" else None
             carry = further.apply({"params": params[head_name(number)]}, carry, following_BTD, *where)
         elif config.own_layers:
-            carry, _ = first.apply({"params": _layer(config, params, layer)}, carry, *where)
-        hidden_BTD = norm.apply({"params": params["final_norm"]}, carry[0])
-        return hidden_BTD, reading.replace(chain_BTD=carry[0], cache=carry[1])
+            stepped: Any = first.apply({"params": _layer(config, params, layer)}, carry, *where)
+            carry = stepped[0]
+        hidden_BTD: Any = norm.apply({"params": params["final_norm"]}, carry[0])
+        return hidden_BTD, replace(reading, chain_BTD=carry[0], cache=carry[1])
 
     return head

@@ -164,14 +164,15 @@ def _heads_forward(
 def _heads_backward(
     logits: Logits, z_loss: float, chunk: int, axes: Any, residuals: tuple[Any, ...], cotangent: TokenSums
 ) -> tuple[Params, Array, None, None]:
-    head, *arrays, weights_BMT = residuals
+    head, hidden_BMTD, labels_BMT, weights_BMT = residuals
     # The gradient is linear in the weights. Heads become rows, which stay on their devices, of shorter chunks.
-    arrays = [x.reshape(-1, *x.shape[2:]) for x in (*arrays, weights_BMT * cotangent.loss[None, :, None])]
+    rows = lambda x: x.reshape(-1, *x.shape[2:])
+    weights = rows(weights_BMT * cotangent.loss[None, :, None])
     shorter = -(-chunk // weights_BMT.shape[1])
-    ones = TokenSums(*(jnp.ones((), jnp.float32),) * 3)
-    _, slopes = _forward(logits, head, *arrays, z_loss, shorter, axes)
-    head_slope, hidden_slope, *none = _backward(logits, z_loss, shorter, axes, slopes, ones)
-    return head_slope, hidden_slope.reshape(residuals[1].shape), *none
+    _, slopes = _forward(logits, head, rows(hidden_BMTD), rows(labels_BMT), weights, z_loss, shorter, axes)
+    one = TokenSums(*(jnp.ones((), jnp.float32),) * 3)
+    head_slope, hidden_slope, *_ = _backward(logits, z_loss, shorter, axes, slopes, one)
+    return head_slope, hidden_slope.reshape(hidden_BMTD.shape), None, None
 
 
 heads_cross_entropy.defvjp(_heads_forward, _heads_backward)
