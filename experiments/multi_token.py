@@ -59,10 +59,12 @@ class Options:
     """A few steps, to see that it runs."""
     seeds: int = 5
     """Trainings of each arm, each with parameters and data of its own, the same in all arms."""
-    steps: int = 4000
+    steps: int = 2400
     """Of the induction task."""
-    polynomial_steps: int = 3000
+    polynomial_steps: int = 900
     """Of the polynomials."""
+    rows: int = 32
+    """Of a batch."""
     every: int = 100
     """Steps between two looks."""
     pool: int = 65536
@@ -124,12 +126,12 @@ def train(
     return looks, values
 
 
-def induction(options: Options, length: int = 64, rows: int = 64, lookahead: int = 2) -> Task:
+def induction(options: Options, length: int = 64, lookahead: int = 2) -> Task:
     """Documents never seen before at every step; the text around the names is one Markov chain for each seed."""
     chain = lambda key: induction_chain(key_for(key, "chain"))
 
     def batch(key: Key, step: Array) -> TokenBatch:
-        return induction_rows(key_for(key, "rows", step), chain(key), rows, length + lookahead)[0]
+        return induction_rows(key_for(key, "rows", step), chain(key), options.rows, length + lookahead)[0]
 
     def score(lm: LM, params: Params, key: Key) -> dict[str, Array]:
         held_out, known_BT = induction_rows(key_for(key, "held-out"), chain(key), options.held_out, length + 1)
@@ -140,14 +142,14 @@ def induction(options: Options, length: int = 64, rows: int = 64, lookahead: int
     return Task(batch, score)
 
 
-def polynomials(options: Options, rows: int = 64, lookahead: int = 4) -> Task:
+def polynomials(options: Options, lookahead: int = 4) -> Task:
     """Expressions of one or two operations, drawn from a pool; the value is learnt, the expression only read."""
     rng = np.random.default_rng(0)
     pool = polynomial_rows(rng, [1, 2] * (options.pool // 2), lookahead)
     tests = {m: polynomial_rows(rng, [m] * options.held_out) for m in (1, 2)}
 
     def batch(key: Key, step: Array) -> TokenBatch:
-        chosen = jax.random.randint(key_for(key, "rows", step), (rows,), 0, len(pool.tokens_BT))
+        chosen = jax.random.randint(key_for(key, "rows", step), (options.rows,), 0, len(pool.tokens_BT))
         return jax.tree.map(lambda x: x[chosen], pool)
 
     def score(lm: LM, params: Params, key: Key) -> dict[str, Array]:
