@@ -86,7 +86,7 @@ def test_one_head_is_the_plain_model(chain):
     chex.assert_trees_all_equal(one.lm.init(jax.random.key(0)), params)
     params = lively(params)
     values = [
-        jax.value_and_grad(lambda p, f=f: loss(f, p))(params) for f in (multi_token(one), next_token(plain))
+        jax.jit(jax.value_and_grad(lambda p, f=f: loss(f, p)))(params) for f in (multi_token(one), next_token(plain))
     ]  # fmt: skip
     chex.assert_trees_all_close(*values, rtol=1e-5, atol=1e-5)
 
@@ -95,9 +95,9 @@ def test_one_head_is_the_plain_model(chain):
 def test_the_first_head_is_the_language_model_whatever_is_ahead(chain):
     three = model(3, chain)
     params = lively(three.lm.init(jax.random.key(0)))
-    found = multi_token(three, chunk=4)(params, BATCH, KEY)
+    found = jax.jit(multi_token(three, chunk=4))(params, BATCH, KEY)
     # Rows of T + 1 are those of T + 3 without the last two tokens.
-    wanted = next_token(three.lm)(params, jax.tree.map(lambda x: x[:, :-2], BATCH), KEY)
+    wanted = jax.jit(next_token(three.lm))(params, jax.tree.map(lambda x: x[:, :-2], BATCH), KEY)
     chex.assert_trees_all_close(found.losses["head_1"], wanted.losses["next_token"], rtol=1e-5)
     chex.assert_trees_all_close(found.metrics["nll"], wanted.metrics["nll"], rtol=1e-5)
     assert found.losses.keys() == {"head_1", "head_2", "head_3"}
@@ -130,7 +130,7 @@ def test_losses_and_gradients_equal_the_naive_ones(chain):
 
 def test_a_multiple_of_the_loss_has_a_multiple_of_the_gradient():
     objective = multi_token(MODEL, chunk=4)
-    once, thrice = (jax.grad(lambda p, c=c: c * loss(objective, p))(PARAMS) for c in (1.0, 3.0))
+    once, thrice = (jax.jit(jax.grad(lambda p, c=c: c * loss(objective, p)))(PARAMS) for c in (1.0, 3.0))
     chex.assert_trees_all_close(jax.tree.map(lambda x: 3 * x, once), thrice, rtol=1e-5, atol=1e-6)
 
 
@@ -141,10 +141,10 @@ def test_the_loss_is_linear_in_the_weights_of_the_heads():
 
 
 def test_heads_of_weight_zero_leave_the_gradient_of_the_language_model():
-    slopes = jax.grad(lambda p: loss(multi_token(MODEL, head_weights=(1.0, 0.0, 0.0)), p))(PARAMS)
+    slopes = jax.jit(jax.grad(lambda p: loss(multi_token(MODEL, head_weights=(1.0, 0.0, 0.0)), p)))(PARAMS)
     batch = jax.tree.map(lambda x: x[:, :-2], BATCH)
     alone = tiny_lm(layers=2)
-    wanted = jax.grad(lambda p: loss(next_token(alone), p, batch))(drop_heads(PARAMS))
+    wanted = jax.jit(jax.grad(lambda p: loss(next_token(alone), p, batch)))(drop_heads(PARAMS))
     chex.assert_trees_all_close(drop_heads(slopes), wanted, rtol=1e-4, atol=1e-6)
     assert all(not jnp.any(x) for name in ("head_2", "head_3") for x in jax.tree.leaves(slopes[name]))
 
@@ -155,7 +155,8 @@ def test_other_documents_in_the_row_change_nothing(chain):
     params = lively(two.lm.init(jax.random.key(0)))
     changed = jnp.where(BATCH.segments_BT == 1, BATCH.tokens_BT, (BATCH.tokens_BT + 1) % VOCAB)
     first = BATCH.replace(label_mask_BT=BATCH.label_mask_BT & (BATCH.segments_BT == 1))
-    one, other = (multi_token(two)(params, first.replace(tokens_BT=x), KEY) for x in (BATCH.tokens_BT, changed))
+    objective = jax.jit(multi_token(two))
+    one, other = (objective(params, first.replace(tokens_BT=x), KEY) for x in (BATCH.tokens_BT, changed))
     assert all(term.sum > 0 for term in one.losses.values())
     chex.assert_trees_all_close(one.losses, other.losses, rtol=1e-5)
 
@@ -234,7 +235,7 @@ def test_two_losses_weigh_what_the_tokens_have_in_common_twice():
     lm = tiny_lm()
     params = lively(lm.init(jax.random.key(0)))
     rows = all_sequences(VOCAB, 3)
-    terms = multi_token(heads_of(lm, params))({}, whole_rows(rows), KEY)
+    terms = jax.jit(lambda batch: multi_token(heads_of(lm, params))({}, batch, KEY))(whole_rows(rows))
     found = sum(float(term.sum) for term in terms.losses.values()) / len(rows)
     joint = np.exp(np.asarray(sequence_logprobs(lm, params, rows, 1), np.float64)).reshape((VOCAB,) * 3)
     first, second = joint.sum(2, keepdims=True), joint.sum(1, keepdims=True)
