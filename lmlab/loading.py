@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lmlab.core.errors import check
+from lmlab.core.errors import UserError, check
 from lmlab.core.types import Params
 from lmlab.interop.convert import convert
 from lmlab.interop.families import read_config as read_family
@@ -13,7 +13,7 @@ from lmlab.interop.huggingface import save_pretrained
 from lmlab.interop.pretrained import Pretrained, check_vocabulary, load_pretrained, open_pretrained
 from lmlab.interop.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from lmlab.interop.weights import check_tensors, load_params, model_parts
-from lmlab.models.config import ExecutionConfig, TransformerConfig
+from lmlab.models.config import ExecutionConfig, ModelConfig, TransformerConfig
 from lmlab.optim.precision import cast_parameters
 from lmlab.runs import load_run
 from lmlab.train.folder import is_run, read_config
@@ -33,7 +33,7 @@ def load_model(path: Path, dtype: str = "float32") -> Pretrained:
 class Opened:
     """A model to train on; none of its weights are read yet."""
 
-    config: TransformerConfig
+    config: ModelConfig
     text: TokenizerFiles | None
     load: Callable[[Any], Params]
     """`load(shardings) -> params`: the parameters, laid out like that, each part read by the process that holds it."""
@@ -69,4 +69,7 @@ def export(source: Path, target: Path, dtype: str = "float32") -> None:
         convert(source, target, dtype)
         return
     model = load_model(source)
+    if not isinstance(model.config, TransformerConfig):
+        raise UserError("model", str(source), "a transformer",
+                        "No family of transformers has this model: it can not be exported.")  # fmt: skip
     save_pretrained(target, model.config, model.params, model.text, dtype=dtype)

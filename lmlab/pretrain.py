@@ -13,7 +13,7 @@ from lmlab.data.open import Data, open_data
 from lmlab.data.tokenizers import TextTokenizer
 from lmlab.evals.baselines import ngram_bits_per_byte, xz_bits_per_byte
 from lmlab.inference.text import sample_text
-from lmlab.models.config import TransformerConfig
+from lmlab.models.config import ModelConfig
 from lmlab.models.lm import LM
 from lmlab.objectives.config import NextTokenConfig
 from lmlab.objectives.next_token import next_token
@@ -46,7 +46,7 @@ def pretrain_pieces(config: Pretrain, share: Share) -> Pieces:
     )
 
 
-def with_vocabulary(config: TransformerConfig, tokenizer: TextTokenizer) -> TransformerConfig:
+def with_vocabulary(config: ModelConfig, tokenizer: TextTokenizer) -> ModelConfig:
     """The config with the tokenizer's vocabulary, or with its own if that is larger (padded to a round number)."""
     size = config.vocab_size or tokenizer.vocab_size
     check(size >= tokenizer.vocab_size, "model.vocab_size", size,

@@ -11,7 +11,7 @@ from pathlib import Path
 from lmlab.core.errors import UserError, check
 from lmlab.data.config import ConversationsConfig, DataConfig
 from lmlab.inference.config import SamplingConfig
-from lmlab.models.config import ExecutionConfig, TransformerConfig
+from lmlab.models.config import ExecutionConfig, ModelConfig, TransformerConfig
 from lmlab.objectives.config import NextTokenConfig
 from lmlab.optim.config import OptimConfig, ScheduleConfig
 from lmlab.train.config import ParallelConfig, TrainConfig
@@ -35,7 +35,7 @@ class EvalConfig:
 class Pretrain:
     """Next-token pre-training of a language model."""
 
-    model: TransformerConfig = field(default_factory=TransformerConfig)
+    model: ModelConfig = field(default_factory=TransformerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: NextTokenConfig = field(default_factory=NextTokenConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -94,7 +94,7 @@ class SFT:
 class ResolvedSFT(SFT):
     """The same with the model that the source holds, so that a run can be opened without it."""
 
-    model: TransformerConfig = field(kw_only=True)
+    model: ModelConfig = field(kw_only=True)
 
     def __post_init__(self) -> None:
         """Check that rows fit the model."""

@@ -17,10 +17,10 @@ from lmlab.core.serialize import to_json
 from lmlab.core.types import Key, Objective, Params
 from lmlab.data.open import Data
 from lmlab.evals.perplexity import make_held_out
-from lmlab.models.config import TransformerConfig
+from lmlab.models.build import language_model
+from lmlab.models.config import ModelConfig
 from lmlab.models.flops import training_flops_per_token
 from lmlab.models.lm import LM
-from lmlab.models.transformer import transformer
 from lmlab.optim.config import OptimConfig
 from lmlab.optim.precision import cast_parameters
 from lmlab.report.environment import describe_environment
@@ -102,7 +102,7 @@ class Resolved(Recipe, Protocol):
     """A recipe that says all that the model can be built from; what a run folder keeps."""
 
     @property
-    def model(self) -> TransformerConfig:
+    def model(self) -> ModelConfig:
         """The model, with the size of its vocabulary."""
 
 
@@ -143,7 +143,7 @@ class Outcome:
 
 def build_lm(config: Resolved) -> LM:
     """The model of a recipe; it makes its parameters in the type that they are trained in."""
-    lm = transformer(config.model)
+    lm = language_model(config.model)
     return replace(lm, init=lambda key: cast_parameters(lm.init(key), config.optim.parameters))
 
 

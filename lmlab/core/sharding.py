@@ -26,9 +26,13 @@ Rules: TypeAlias = Mapping[str, str | tuple[str, ...]]
 
 COMPUTED: Rules = {
     "batch": ROWS, "length": "context", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor",
+    "param_tokens": "tensor",
 }  # fmt: skip
 """Where activations and the weights that meet them are divided while they are computed with."""
-STORED: Rules = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor"}
+STORED: Rules = {
+    "embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor",
+    "param_tokens": "tensor",
+}  # fmt: skip
 """Where parameters, their gradients and optimiser moments are kept."""
 
 

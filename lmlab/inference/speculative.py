@@ -41,10 +41,11 @@ class Speculated(NamedTuple):
 
 @struct.dataclass
 class Drafting:
-    """A batch in the middle of being drawn. Both caches hold all tokens of a row but the last."""
+    """A batch in the middle of being drawn. The caches hold all tokens of a row but the last."""
 
     cache: Any
-    draft_cache: Any
+    draft: Any
+    """What drafts are made with: the cache of the model that makes them, or the drafts themselves."""
     tokens_BS: Array
     logprobs_BS: Array
     length_B: Array
@@ -72,30 +73,42 @@ def speculate(
     for model in (target, draft):
         check_prompts(model.lm, prompts)
     target, draft = (Model(*model.lm.for_decoding(model.params)) for model in (target, draft))
+    longest = min(target.lm.max_length, draft.lm.max_length)
+    rows = begin(prompts, config, ahead, longest)
+
+    def read(model: Model) -> Any:
+        _, cache = read_prompts(model.lm, model.params, prompts, rows.tokens_BS.shape[1])
+        return model.lm.rewind(model.lm.take_rows(cache, jnp.arange(len(prompts))), rows.length_B - 1)
+
+    state = replace(rows, cache=read(target), draft=read(draft))
+    keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(prompts)))
+    static = replace(config, max_new_tokens=1, stop=())
+    state = _run(target.lm, draft.lm, (target.params, draft.params), keys_B, state, static, end_ids, ahead)
+    return finish(prompts, state)
+
+
+def begin(prompts: Sequence[np.ndarray], config: SamplingConfig, ahead: int, longest: int) -> Drafting:
+    """A batch that holds its prompts, and that no model has read yet. longest: tokens that a row may hold."""
     length_B = np.asarray([len(prompt) for prompt in prompts], np.int32)
-    limit_B = np.minimum(length_B + config.max_new_tokens, min(target.lm.max_length, draft.lm.max_length))
-    room = min(bucket(int(limit_B.max()) + ahead + 1), target.lm.max_length, draft.lm.max_length)
+    limit_B = np.minimum(length_B + config.max_new_tokens, longest)
+    room = min(bucket(int(limit_B.max()) + ahead + 1), longest)
     tokens_BS = np.zeros((len(prompts), room), np.int32)
     for tokens_S, prompt in zip(tokens_BS, prompts, strict=True):
         tokens_S[: len(prompt)] = prompt
-    rows = jnp.arange(len(prompts))
-
-    def read(model: Model) -> Any:
-        _, cache = read_prompts(model.lm, model.params, prompts, room)
-        return model.lm.rewind(model.lm.take_rows(cache, rows), jnp.asarray(length_B - 1))
-
     count = lambda: jnp.zeros((), jnp.int32)
-    state = Drafting(
-        read(target), read(draft), jnp.asarray(tokens_BS), jnp.zeros((len(prompts), room)), jnp.asarray(length_B),
-        jnp.asarray(limit_B), jnp.zeros(len(prompts), bool), count(), count(), count(),
+    return Drafting(
+        None, None, jnp.asarray(tokens_BS), jnp.zeros(tokens_BS.shape), jnp.asarray(length_B), jnp.asarray(limit_B),
+        jnp.zeros(len(prompts), bool), count(), count(), count(),
     )  # fmt: skip
-    keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
-    static = replace(config, max_new_tokens=1, stop=())
-    state = _run(target.lm, draft.lm, (target.params, draft.params), keys_B, state, static, end_ids, ahead)
+
+
+def finish(prompts: Sequence[np.ndarray], state: Drafting) -> Speculated:
+    """What was drawn."""
     samples = []
-    for row, (first, last) in enumerate(zip(length_B, np.asarray(state.length_B), strict=True)):
-        drawn = np.asarray(state.tokens_BS[row, first:last]), np.asarray(state.logprobs_BS[row, first:last])
-        samples.append(Sample(*drawn, ended=bool(last < limit_B[row])))
+    for row, (prompt, last) in enumerate(zip(prompts, np.asarray(state.length_B), strict=True)):
+        new = slice(len(prompt), int(last))
+        drawn = np.asarray(state.tokens_BS[row, new]), np.asarray(state.logprobs_BS[row, new])
+        samples.append(Sample(*drawn, ended=bool(last < state.limit_B[row])))
     return Speculated(samples, int(state.passes), int(state.kept) / max(int(state.offered), 1))
 
 
@@ -126,7 +139,7 @@ def keep(keys_B: Key, drafted_BK: Array, draft_BKV: Array, target_BJV: Array) ->
     uniform_BK = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), (ahead,)))(keys_B)
     count_B = jnp.sum(jnp.cumprod((uniform_BK < chosen_BK).astype(jnp.int32), axis=1), axis=1)
     # After a draft that was kept whole there is nothing to subtract.
-    none_B1V = jnp.zeros_like(draft_BKV[:, :1])
+    none_B1V = jnp.zeros_like(target_BJV[:, :1])
     rest_BJV = residual(target_BJV, jnp.concatenate([draft_BKV, none_B1V], axis=1))
     next_BV = jnp.take_along_axis(rest_BJV, count_B[:, None, None], axis=1)[:, 0]
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, 1)
@@ -149,24 +162,25 @@ def _run(
         )
         last_B = state.tokens_BS[rows, state.length_B - 1]
         draft_cache, drafted_BK, draft_BKV = _draft(
-            draft_lm, params[1], state.draft_cache, last_B, draft_keys_B, config, ahead
+            draft_lm, params[1], state.draft, last_B, draft_keys_B, config, ahead
         )
         read_BJ = jnp.concatenate([last_B[:, None], drafted_BK], axis=1)
         hidden_BJD, cache = lm.apply(params[0], read_BJ, cache=state.cache)
         logits_BJV = lm.logits(params[0], hidden_BJD)
-        count_B, next_B = keep(keep_keys_B, drafted_BK, draft_BKV, _probabilities(logits_BJV, config))
+        count_B, next_B = keep(keep_keys_B, drafted_BK, draft_BKV, probabilities(logits_BJV, config))
         places_J = jnp.arange(ahead + 1)[None]
         new_BJ = jnp.where(places_J == count_B[:, None], next_B[:, None], jnp.pad(drafted_BK, ((0, 0), (0, 1))))
         logprobs_BJ = jnp.take_along_axis(jax.nn.log_softmax(logits_BJV), new_BJ[..., None], axis=2)[..., 0]
-        state = _append(state, new_BJ, logprobs_BJ, count_B, end_ids)
+        state = append(state, new_BJ, logprobs_BJ, count_B, end_ids)
         # The last token is read in the next round, with the draft that follows it.
         back = state.length_B - 1
-        return replace(state, cache=lm.rewind(cache, back), draft_cache=draft_lm.rewind(draft_cache, back))
+        return replace(state, cache=lm.rewind(cache, back), draft=draft_lm.rewind(draft_cache, back))
 
     return jax.lax.while_loop(lambda state: ~jnp.all(state.done_B), one_round, state)
 
 
-def _probabilities(logits: Array, config: SamplingConfig) -> Array:
+def probabilities(logits: Array, config: SamplingConfig) -> Array:
+    """What tokens are drawn from, [..., V]."""
     flat = logits.reshape(-1, logits.shape[-1])
     return jax.nn.softmax(filter_logits(flat, config)).reshape(logits.shape)
 
@@ -179,7 +193,7 @@ def _draft(
     def step(carry: tuple[Any, Array], number: Array) -> tuple[tuple[Any, Array], tuple[Array, Array]]:
         cache, token_B = carry
         hidden_B1D, cache = lm.apply(params, token_B[:, None], cache=cache)
-        probs_BV = _probabilities(lm.logits(params, hidden_B1D[:, 0]), config)
+        probs_BV = probabilities(lm.logits(params, hidden_B1D[:, 0]), config)
         token_B = draw_tokens(jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, number), jnp.log(probs_BV))
         return (cache, token_B), (token_B, probs_BV)
 
@@ -188,10 +202,10 @@ def _draft(
     return cache, drafted_KB[:ahead].T, draft_KBV[:ahead].transpose(1, 0, 2)
 
 
-def _append(
+def append(
     state: Drafting, new_BJ: Array, logprobs_BJ: Array, count_B: Array, end_ids: tuple[int, ...]
 ) -> Drafting:  # fmt: skip
-    """Add the first `count` + 1 new tokens to each row, up to an end token or the limit."""
+    """Add the first `count` + 1 new tokens to each row, up to an end token or the limit, and count the pass."""
     batch, ahead = len(count_B), new_BJ.shape[1] - 1
     places_BJ = state.length_B[:, None] + jnp.arange(ahead + 1)[None]
     offered_BJ = jnp.arange(ahead + 1)[None] <= count_B[:, None]

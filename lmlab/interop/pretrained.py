@@ -12,7 +12,7 @@ from lmlab.interop.huggingface import CONFIG, open_folder
 from lmlab.interop.source import Source
 from lmlab.interop.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from lmlab.interop.weights import Place, load_params
-from lmlab.models.config import ExecutionConfig, TransformerConfig
+from lmlab.models.config import ExecutionConfig, ModelConfig, TransformerConfig
 from lmlab.models.lm import LM
 from lmlab.models.transformer import transformer
 
@@ -21,7 +21,7 @@ from lmlab.models.transformer import transformer
 class Pretrained:
     """A model to use, train or search with."""
 
-    config: TransformerConfig
+    config: ModelConfig
     lm: LM
     params: Params
     text: TokenizerFiles | None

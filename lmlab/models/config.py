@@ -1,7 +1,7 @@
 """Shapes of language models as typed, frozen configs. Imports no JAX."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self, TypeAlias
 
 from lmlab.core.errors import check
 
@@ -86,8 +86,8 @@ class ExecutionConfig:
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
-    """Pre-norm decoder. The defaults make a small Llama; fields cover Qwen, Mistral, GPT-2 and GPT-NeoX."""
+class DecoderConfig:
+    """What decoders have in common, whatever their layers are."""
 
     vocab_size: int = 0
     """V; 0: as many as the tokenizer has. More pads the table, for instance to a multiple of the devices."""
@@ -105,10 +105,7 @@ class TransformerConfig:
     """Added inside the root."""
     tied: bool = True
     """Share the embedding with the unembedding."""
-    parallel_residual: bool = False
-    """Attention and feed-forward read the same input (GPT-NeoX)."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
-    mlp: MLPConfig = field(default_factory=MLPConfig)
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
@@ -141,8 +138,155 @@ class TransformerConfig:
         return self.attention.kv_heads or self.attention.heads
 
     @property
+    def embedding_std(self) -> float:
+        """Standard deviation of a fresh embedding: GPT-2's."""
+        return 0.02
+
+    @property
+    def logit_scale(self) -> float:
+        """What the products with the unembedding are multiplied by."""
+        return 1.0
+
+    @property
+    def layer_weights(self) -> int:
+        """Entries of the matrices that a token meets in one layer."""
+        raise NotImplementedError
+
+    def part(self, devices: int) -> Self:
+        """What one of so many devices along the tensor axis computes of it, as a model."""
+        shape = replace(
+            self.attention, heads=self.attention.heads // devices, kv_heads=self.kv_heads // devices,
+            head_dim=self.head_dim,
+        )  # fmt: skip
+        return replace(self, vocab_size=self.vocab_size // devices, attention=shape)
+
+
+@dataclass(frozen=True)
+class TransformerConfig(DecoderConfig):
+    """Pre-norm transformer. The defaults make a small Llama; fields cover Qwen, Mistral, GPT-2 and GPT-NeoX."""
+
+    parallel_residual: bool = False
+    """Attention and feed-forward read the same input (GPT-NeoX)."""
+    mlp: MLPConfig = field(default_factory=MLPConfig)
+
+    @property
     def mlp_width(self) -> int:
         """F."""
         if self.mlp.width:
             return self.mlp.width
         return -(-8 * self.width // 3 // 64) * 64 if self.mlp.activation == "swiglu" else 4 * self.width
+
+    @property
+    def layer_weights(self) -> int:
+        """Entries of the matrices that a token meets in one layer."""
+        attention = self.width * self.head_dim * 2 * (self.attention.heads + self.kv_heads)
+        return attention + self.width * self.mlp_width * (3 if self.mlp.activation == "swiglu" else 2)
+
+    def part(self, devices: int) -> Self:
+        """What one of so many devices along the tensor axis computes of it, as a model."""
+        return replace(super().part(devices), mlp=replace(self.mlp, width=self.mlp_width // devices))
+
+
+@dataclass(frozen=True)
+class ParameterTokens:
+    """How many parameter tokens each attention to parameters of a layer has."""
+
+    qkv: int = 0
+    """Of the queries, of the keys and of the values, each for itself; 0: as many as the width."""
+    proj: int = 0
+    """Of the output of attention; 0: as many as qkv."""
+    ffn: int = 0
+    """In place of the feed-forward; 0: four times qkv."""
+
+
+@dataclass(frozen=True)
+class TokenFormerConfig(DecoderConfig):
+    """Decoder whose linear maps are attention to parameters (arXiv 2410.23168). Its layers have no biases and no norms
+    with parameters; the final norm has both.
+    """
+
+    norm: Literal["rms", "layer"] = "layer"
+    """Inside of layers it has no parameters."""
+    rotary: RotaryConfig = field(default_factory=lambda: RotaryConfig(fraction=0.25))
+    parameter_tokens: ParameterTokens = field(default_factory=ParameterTokens)
+    """n."""
+    reference: ParameterTokens = field(default_factory=ParameterTokens)
+    """Scores of a token are scaled to the norm tau = sqrt(reference). 0: n. A grown model keeps the numbers that it
+    had before, and so its function."""
+    normalisation: Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"] = "l2_norm_gelu"
+    """From scores to weights: the norm and then gelu (equation 5); gelu first; softmax times n."""
+    gelu: Literal["exact", "tanh"] = "exact"
+    """tanh: its approximation (the authors' JAX code)."""
+    score_eps: float = 1e-6
+    """Least norm of the scores: its square is added inside the root."""
+    initialisation: Literal["neox", "maxtext"] = "neox"
+    """neox (the authors' PyTorch code): normal, keys and embedding 0.02, values 2 / (L sqrt(D)). maxtext (their JAX
+    code): truncated normal of variance 1 / inputs, embedding of variance 1, logits divided by sqrt(D)."""
+
+    def __post_init__(self) -> None:
+        """Check the sizes, and that nothing is asked for that such layers do not have."""
+        super().__post_init__()
+        for name in ("parameter_tokens", "reference"):
+            for part in ("qkv", "proj", "ffn"):
+                size = getattr(getattr(self, name), part)
+                check(size >= 0, f"model.{name}.{part}", size, "a number of parameter tokens, or 0 for the default")
+        for name in ("qkv_bias", "out_bias", "qk_norm"):
+            check(not getattr(self.attention, name), f"model.attention.{name}", True, "False",
+                  "Attention to parameters has no biases, and no norms with parameters.")  # fmt: skip
+        check(self.score_eps > 0, "model.score_eps", self.score_eps, "a positive number")
+
+    @property
+    def counts(self) -> ParameterTokens:
+        """The n of each, written out."""
+        given = self.parameter_tokens
+        qkv = given.qkv or self.width
+        return ParameterTokens(qkv, given.proj or qkv, given.ffn or 4 * qkv)
+
+    @property
+    def references(self) -> ParameterTokens:
+        """The tau^2 of each, written out."""
+        given, counts = self.reference, self.counts
+        return ParameterTokens(given.qkv or counts.qkv, given.proj or counts.proj, given.ffn or counts.ffn)
+
+    @property
+    def embedding_std(self) -> float:
+        """Standard deviation of a fresh embedding."""
+        return 1.0 if self.initialisation == "maxtext" else super().embedding_std
+
+    @property
+    def logit_scale(self) -> float:
+        """What the products with the unembedding are multiplied by."""
+        return self.width**-0.5 if self.initialisation == "maxtext" else 1.0
+
+    @property
+    def layer_weights(self) -> int:
+        """Entries of the matrices that a token meets in one layer."""
+        counts, heads, kv_heads = self.counts, self.attention.heads * self.head_dim, self.kv_heads * self.head_dim
+        qkv = counts.qkv * (3 * self.width + heads + 2 * kv_heads)
+        return qkv + counts.proj * (heads + self.width) + counts.ffn * 2 * self.width
+
+    def part(self, devices: int) -> Self:
+        """What one of so many devices along the tensor axis computes of it, as a model."""
+        counts = self.counts
+        share = ParameterTokens(counts.qkv // devices, counts.proj // devices, counts.ffn // devices)
+        return replace(super().part(devices), parameter_tokens=share, reference=self.references)
+
+
+ModelConfig: TypeAlias = TransformerConfig | TokenFormerConfig
+"""The config of any language model of lmlab."""
+
+
+@dataclass(frozen=True)
+class GrowthConfig:
+    """How parameter tokens are added to a trained model (arXiv 2410.23168, section 3.4). The defaults keep its function
+    exactly, whatever the new values are. Keys and values of zero both keep it, too, and never learn.
+    """
+
+    keys: Literal["zeros", "normal"] = "zeros"
+    """New keys; normal: as a new model draws them (what the authors' code runs)."""
+    values: Literal["normal", "zeros"] = "normal"
+    """New values."""
+    tau: Literal["keep", "follow"] = "keep"
+    """The norm of the scores: as before, or the root of the new number of parameter tokens (the authors' code)."""
+    optimizer: Literal["reset", "extend"] = "reset"
+    """State of the optimiser: new, or the old one with zeros for what is new; its schedule begins anew."""

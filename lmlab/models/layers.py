@@ -13,9 +13,9 @@ from lmlab.core.masking import AttentionMask
 from lmlab.core.types import Array
 from lmlab.models.attention import attention
 from lmlab.models.cache import KVCache, read, write
-from lmlab.models.config import TransformerConfig
+from lmlab.models.config import DecoderConfig, TransformerConfig
 from lmlab.models.projection import project
-from lmlab.models.rotary import rotate
+from lmlab.models.rotary import rotate, stand_still
 
 INIT_STD = 0.02
 """GPT-2's standard deviation; projections into the residual stream are divided by sqrt(2 L)."""
@@ -34,6 +34,14 @@ def named(init: nn.initializers.Initializer, names: tuple[str, ...]) -> Any:
     return nn.with_logical_partitioning(init, names)
 
 
+def standardise(x: Array, kind: str, eps: float) -> Array:
+    """X over its root mean square along the last axis, in float32; `layer`: after its mean is taken off."""
+    y = x.astype(jnp.float32)
+    if kind == "layer":
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+    return y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+
+
 class Norm(nn.Module):
     """RMSNorm or LayerNorm over the last axis, computed in float32, returned in the type of the input."""
 
@@ -46,10 +54,7 @@ class Norm(nn.Module):
         """Normalise the last axis of x."""
         size = x.shape[-1]
         scale = self.param("scale", named(nn.initializers.ones, (self.axis,)), (size,))
-        y = x.astype(jnp.float32)
-        if self.kind == "layer":
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        y = standardise(x, self.kind, self.eps)
         # Parameters in bfloat16 are widened before they are broadcast: their gradient is a sum over all tokens.
         y = y * jnp.broadcast_to(scale.astype(jnp.float32), y.shape)
         if self.kind == "layer":
@@ -89,6 +94,24 @@ def unstack(x_BT2x: Array) -> tuple[Array, Array]:
     return first[:, :, 0], second[:, :, 0]
 
 
+def attend(
+    config: DecoderConfig, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, table: tuple[Array, Array] | None,
+    mask: AttentionMask, cache: KVCache | None, layer: int | Array, places_BT: Array | None,
+) -> tuple[Array, KVCache | None]:  # fmt: skip
+    """Attention [B, T, N, H] of projected heads, rotated; with a cache, keys and values are written to it and all of it
+    is seen.
+    """
+    if table is not None:
+        if config.rotary.skipped_layers:
+            table = stand_still(table, jnp.any(layer == jnp.asarray(config.rotary.skipped_layers)))
+        q_BTNH = rotate(q_BTNH, table, config.rotary.pairs)
+        k_BTKH = rotate(k_BTKH, table, config.rotary.pairs)
+    if cache is not None and places_BT is not None:
+        cache = write(cache, layer, places_BT, k_BTKH, v_BTKH)
+        k_BTKH, v_BTKH = (part_BSKH.astype(q_BTNH.dtype) for part_BSKH in read(cache, layer))
+    return attention(q_BTNH, k_BTKH, v_BTKH, mask, config.execution.attention), cache
+
+
 class SelfAttention(nn.Module):
     """Grouped-query attention; with a cache, new keys and values are written to it and all of it is seen."""
 
@@ -111,13 +134,7 @@ class SelfAttention(nn.Module):
         if shape.qk_norm:
             q_BTNH = Norm("rms", config.norm_eps, "head_dim", name="query_norm")(q_BTNH)
             k_BTKH = Norm("rms", config.norm_eps, "head_dim", name="key_norm")(k_BTKH)
-        if table is not None:
-            q_BTNH = rotate(q_BTNH, table, config.rotary.pairs)
-            k_BTKH = rotate(k_BTKH, table, config.rotary.pairs)
-        if cache is not None and places_BT is not None:
-            cache = write(cache, layer, places_BT, k_BTKH, v_BTKH)
-            k_BTKH, v_BTKH = (part_BSKH.astype(x_BTD.dtype) for part_BSKH in read(cache, layer))
-        out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask, config.execution.attention)
+        out_BTNH, cache = attend(config, q_BTNH, k_BTKH, v_BTKH, table, mask, cache, layer, places_BT)
         std = INIT_STD / (2 * config.layers) ** 0.5
         out = Linear({"heads": shape.heads, "head_dim": size}, {"embed": config.width}, shape.out_bias, std, name="out")
         return out(out_BTNH), cache

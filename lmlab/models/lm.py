@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
+from flax import struct
+
 from lmlab.core.masking import AttentionMask
 from lmlab.core.types import Array, Key, Params
 
@@ -72,5 +74,57 @@ class LM:
     """`for_decoding(params) -> (lm, params)`: the same model in the form that draws tokens fastest on this machine,
     perhaps with a copy of the parameters; always the same LM. Its caches are its own."""
     axes: Axes
-    """Logical axis names by parameter: embed, heads, kv_heads, head_dim, ffn, vocab, positions, norm;
+    """Logical axis names by parameter: embed, heads, kv_heads, head_dim, ffn, param_tokens, vocab, positions,
+    norm;
     layers and stack are batch axes (a stack of matrices, each one for itself)."""
+
+
+@struct.dataclass
+class Reading:
+    """Tokens that the trunk of a `MultiTokenLM` has read, for its heads to go on from."""
+
+    trunk_BTD: Array
+    """In float32, so that the gradients of all heads are added up in it."""
+    chain_BTD: Array
+    """What the head before has made of it, not normed."""
+    mask: AttentionMask
+    table: tuple[Array, Array] | None
+    """Of the rotation at these positions."""
+    places_BT: Array | None
+    cache: Cache | None
+
+
+class Read(Protocol):
+    """`read(params, inputs, ...) -> reading`."""
+
+    def __call__(
+        self,
+        params: Params,
+        inputs: Array,
+        *,
+        positions_BT: Array | None = None,
+        segments_BT: Array | None = None,
+        mask: AttentionMask | None = None,
+        cache: Cache | None = None,
+    ) -> Reading:
+        """The trunk alone; arguments as of `Apply`, the cache one of all heads."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class MultiTokenLM:
+    """A model whose head i of n predicts the i-th next token (arXiv 2404.19737). Equal only to itself."""
+
+    lm: LM
+    """Head 1, a language model like any other. Its parameters are those of all heads; it reads its own."""
+    heads: int
+    """n."""
+    read: Read
+    head: Callable[[Params, int, Reading, Array], tuple[Array, Reading]]
+    """`head(params, i, reading, following_BT) -> (hidden_BTD, reading)`: normed hidden states of head i, for
+    `lm.logits`; heads are called in order from 1, each with the reading that the one before returned. following: the
+    tokens (or embeddings) i - 1 places on; read by sequential modules only."""
+    whole: LM
+    """As `lm`, but its caches are those of all heads, and `apply` enters tokens for all."""
+    for_decoding: Callable[[Params], tuple["MultiTokenLM", Params]]
+    """As that of `lm`, for all heads."""

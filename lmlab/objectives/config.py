@@ -18,3 +18,17 @@ class NextTokenConfig:
         """Check the ranges."""
         check(self.z_loss >= 0, "objective.z_loss", self.z_loss, "0 or more")
         check(self.chunk >= 1, "objective.chunk", self.chunk, "at least 1")
+
+
+@dataclass(frozen=True)
+class MultiTokenLossConfig(NextTokenConfig):
+    """Prediction of several tokens at once (arXiv 2404.19737)."""
+
+    head_weights: tuple[float, ...] = ()
+    """Coefficient of each head's loss; empty: 1 each."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        positive = all(weight >= 0 for weight in self.head_weights)
+        check(positive, "objective.head_weights", self.head_weights, "0 or more each")

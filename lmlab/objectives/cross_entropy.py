@@ -131,3 +131,48 @@ def _backward(
 
 
 chunked_cross_entropy.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6, 7))
+def heads_cross_entropy(
+    logits: Logits, head: Params, hidden_BMTD: Array, labels_BMT: Array, weights_BMT: Array,
+    z_loss: float, chunk: int, axes: Any = None,
+) -> TokenSums:  # fmt: skip
+    """Cross-entropy of M predictions of each place under one unembedding, [M] each; arguments as above.
+
+    One chunk of one head's logits is alive at any moment. What factor each head's sum will have is known only in the
+    backward pass, so logits are computed twice there and back rather than that a gradient of the unembedding waits for
+    each head: memory does not grow with M V (arXiv 2404.19737, section 2, has the heads' gradients in turns to the same
+    end). The unembedding's gradient is added up over all heads, in float32.
+    """
+
+    def one(number: Array) -> TokenSums:
+        part = (jax.lax.dynamic_index_in_dim(x, number, 1, False) for x in (hidden_BMTD, labels_BMT, weights_BMT))
+        return chunked_cross_entropy(logits, head, *part, z_loss, chunk, axes)
+
+    return jax.lax.map(one, jnp.arange(hidden_BMTD.shape[1]))
+
+
+def _heads_forward(
+    logits: Logits, head: Params, hidden_BMTD: Array, labels_BMT: Array, weights_BMT: Array,
+    z_loss: float, chunk: int, axes: Any = None,
+) -> tuple[TokenSums, tuple[Any, ...]]:  # fmt: skip
+    arrays = head, hidden_BMTD, labels_BMT, weights_BMT
+    return heads_cross_entropy(logits, *arrays, z_loss, chunk, axes), arrays
+
+
+def _heads_backward(
+    logits: Logits, z_loss: float, chunk: int, axes: Any, residuals: tuple[Any, ...], cotangent: TokenSums
+) -> tuple[Params, Array, None, None]:
+    head, hidden_BMTD, labels_BMT, weights_BMT = residuals
+    # The gradient is linear in the weights. Heads become rows, which stay on their devices, of shorter chunks.
+    rows = lambda x: x.reshape(-1, *x.shape[2:])
+    weights = rows(weights_BMT * cotangent.loss[None, :, None])
+    shorter = -(-chunk // weights_BMT.shape[1])
+    _, slopes = _forward(logits, head, rows(hidden_BMTD), rows(labels_BMT), weights, z_loss, shorter, axes)
+    one = TokenSums(*(jnp.ones((), jnp.float32),) * 3)
+    head_slope, hidden_slope, *_ = _backward(logits, z_loss, shorter, axes, slopes, one)
+    return head_slope, hidden_slope.reshape(hidden_BMTD.shape), None, None
+
+
+heads_cross_entropy.defvjp(_heads_forward, _heads_backward)

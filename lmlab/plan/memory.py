@@ -97,14 +97,7 @@ def share_of_one(config: Pretrain, shape: Mapping[str, int]) -> Pretrain:
     """The recipe as one device computes it, but for `fsdp`: weights are whole where they are used."""
     model, tensor = config.model, shape["tensor"]
     rows = math.prod(shape[axis] for axis in ROWS)
-    attention = replace(
-        model.attention, heads=model.attention.heads // tensor, kv_heads=model.kv_heads // tensor,
-        head_dim=model.head_dim,
-    )  # fmt: skip
-    model = replace(
-        model, vocab_size=model.vocab_size // tensor, attention=attention,
-        mlp=replace(model.mlp, width=model.mlp_width // tensor), execution=replace(model.execution, unroll=1),
-    )  # fmt: skip
+    model = replace(model.part(tensor), execution=replace(model.execution, unroll=1))
     return replace(config, model=model, data=replace(config.data, batch_size=config.data.batch_size // rows))
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from lmlab.core.errors import UserError
 from lmlab.core.sharding import MESH_AXES, ROWS
-from lmlab.models.config import TransformerConfig
+from lmlab.models.config import DecoderConfig
 from lmlab.models.flops import training_flops_per_token
 from lmlab.plan.memory import Memory
 from lmlab.recipe import Pretrain
@@ -40,11 +40,9 @@ class Speed(NamedTuple):
         return max(self.at_mfu, self.memory) + sum(self.links.values())
 
 
-def weights(model: TransformerConfig) -> int:
+def weights(model: DecoderConfig) -> int:
     """Parameters that are matrices: all but norms and biases."""
-    attention = model.width * model.head_dim * 2 * (model.attention.heads + model.kv_heads)
-    feed_forward = model.width * model.mlp_width * (3 if model.mlp.activation == "swiglu" else 2)
-    return model.layers * (attention + feed_forward) + model.vocab_size * model.width * (1 if model.tied else 2)
+    return model.layers * model.layer_weights + model.vocab_size * model.width * (1 if model.tied else 2)
 
 
 def speed(config: Pretrain, shape: Mapping[str, int], chip: Chip, memory: Memory, mfu: float) -> Speed:

@@ -13,11 +13,14 @@ from lmlab.data.conversations import encode_conversations
 from lmlab.data.stream import Stream, train_stream
 from lmlab.data.tokenizers import byte_tokenizer
 from lmlab.models.config import AttentionConfig, ExecutionConfig, MLPConfig, RotaryConfig
+from lmlab.models.heads import multi_token_lm
+from lmlab.models.heads_config import MultiTokenConfig
 from lmlab.models.lm import LM
+from lmlab.objectives.multi_token import multi_token
 from lmlab.objectives.next_token import next_token
 from lmlab.optim.chain import build_optimizer
 from lmlab.optim.config import OptimConfig, ScheduleConfig
-from lmlab.testing.tiny import random_batch, tiny_cache, tiny_lm
+from lmlab.testing.tiny import random_batch, tiny_cache, tiny_lm, tiny_multi_token_lm, tiny_tokenformer
 
 LMS: dict[str, Callable[[], LM]] = {
     "llama": tiny_lm,
@@ -43,21 +46,44 @@ LMS: dict[str, Callable[[], LM]] = {
         mlp=MLPConfig(width=24, activation="gelu", bias=True),
     ),
     "no_positions": lambda: tiny_lm(positions="none"),
+    "tokenformer": tiny_tokenformer,
+    "tokenformer_maxtext": lambda: tiny_tokenformer(
+        positions="none", initialisation="maxtext", gelu="tanh", attention=AttentionConfig(heads=4, kv_heads=2),
+        execution=ExecutionConfig(stacked=False, remat="dots"),
+    ),
+    "tokenformer_gelu_l2_norm": lambda: tiny_tokenformer(normalisation="gelu_l2_norm"),
+    "tokenformer_softmax": lambda: tiny_tokenformer(normalisation="softmax"),
+    "multi_token": lambda: tiny_multi_token_lm("parallel").lm,
+    "multi_token_whole": lambda: tiny_multi_token_lm("causal").whole,
+    "multi_token_linear": lambda: tiny_multi_token_lm("linear").whole,
+    "multi_token_sequential": lambda: tiny_multi_token_lm("sequential").whole,
 }  # fmt: skip
 """Every language model of lmlab, tiny."""
 
 
 @dataclass(frozen=True)
 class ObjectiveCase:
-    """An objective with a batch that it takes. `build` is given the model."""
+    """An objective with a batch that it takes. `build` is given a model of a test's choice."""
 
     build: Callable[[LM], Objective]
     batch: Callable[[], Batch] = random_batch
+    model: Callable[[LM], LM] = lambda lm: lm
+    """Makes of that model the one whose parameters the objective takes."""
+
+
+def _several_heads(chain: Any) -> ObjectiveCase:
+    """Two heads on the test's model, which is given a layer more for the second one where that is a layer."""
+    heads = lambda lm: multi_token_lm(MultiTokenConfig(replace(lm.config, layers=lm.config.layers + 1), 2, chain))
+    return ObjectiveCase(
+        lambda lm: multi_token(heads(lm), head_weights=(1.0, 0.5), chunk=3), model=lambda lm: heads(lm).lm
+    )  # fmt: skip
 
 
 OBJECTIVES: dict[str, ObjectiveCase] = {
     "next_token": ObjectiveCase(lambda lm: next_token(lm, chunk=3)),
     "next_token_z_loss": ObjectiveCase(lambda lm: next_token(lm, chunk=100, z_loss=1e-2)),
+    "multi_token": _several_heads("parallel"),
+    "multi_token_sequential": _several_heads("sequential"),
 }
 """Every objective of lmlab."""
 

@@ -1,6 +1,7 @@
 """Models and batches small enough to check by hand or by enumeration."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,18 @@ import numpy as np
 
 from lmlab.core.types import Array, Params, TokenBatch
 from lmlab.data.cache import TokenCache
-from lmlab.models.config import AttentionConfig, MLPConfig, TransformerConfig
-from lmlab.models.lm import LM
+from lmlab.models.config import (
+    AttentionConfig,
+    MLPConfig,
+    ParameterTokens,
+    RotaryConfig,
+    TokenFormerConfig,
+    TransformerConfig,
+)
+from lmlab.models.heads import multi_token_lm
+from lmlab.models.heads_config import MultiTokenConfig
+from lmlab.models.lm import LM, MultiTokenLM
+from lmlab.models.tokenformer import tokenformer
 from lmlab.models.transformer import transformer
 
 VOCAB = 7
@@ -27,6 +38,25 @@ def tiny_config(**changes: object) -> TransformerConfig:
 def tiny_lm(**changes: object) -> LM:
     """The LM of `tiny_config`."""
     return transformer(tiny_config(**changes))
+
+
+def tiny_tokenformer_config(**changes: object) -> TokenFormerConfig:
+    """Two layers of width 16 over a vocabulary of 7, no two numbers of parameter tokens alike."""
+    fields = {
+        "vocab_size": VOCAB, "layers": 2, "width": 16, "max_length": 32, "rotary": RotaryConfig(fraction=0.5),
+        "attention": AttentionConfig(heads=4), "parameter_tokens": ParameterTokens(12, 8, 24),
+    }  # fmt: skip
+    return TokenFormerConfig(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def tiny_tokenformer(**changes: object) -> LM:
+    """The LM of `tiny_tokenformer_config`."""
+    return tokenformer(tiny_tokenformer_config(**changes))
+
+
+def tiny_multi_token_lm(chain: Any) -> MultiTokenLM:
+    """Two heads, over three layers in all where they are layers."""
+    return multi_token_lm(MultiTokenConfig(tiny_config(layers=3), 2, chain))
 
 
 def lively(params: Params, seed: int = 0) -> Params:

@@ -9,19 +9,19 @@ from lmlab.testing.tables import OBJECTIVES
 from lmlab.testing.tiny import lively, tiny_lm
 
 LM = tiny_lm()
-PARAMS = lively(LM.init(jax.random.key(0)))
 KEY = jax.random.key(1)
 
 
 @pytest.fixture(params=OBJECTIVES)
 def case(request):
     case = OBJECTIVES[request.param]
-    return case.build(LM), case.batch()
+    params = lively(case.model(LM).init(jax.random.key(0)))
+    return case.build(LM), params, case.batch()
 
 
 def test_terms_are_scalar_float32_sums_with_scales(case):
-    objective, batch = case
-    terms = objective(PARAMS, batch, KEY)
+    objective, params, batch = case
+    terms = objective(params, batch, KEY)
     assert terms.losses.keys() == terms.scales.keys()
     for ratio in [*terms.losses.values(), *terms.metrics.values()]:
         chex.assert_shape([ratio.sum, ratio.weight], ())
@@ -29,39 +29,39 @@ def test_terms_are_scalar_float32_sums_with_scales(case):
 
 
 def test_sums_of_parts_are_the_sum_of_the_whole(case):
-    objective, batch = case
-    whole = objective(PARAMS, batch, KEY)
+    objective, params, batch = case
+    whole = objective(params, batch, KEY)
     rows = jax.tree.leaves(batch)[0].shape[0]
-    parts = [objective(PARAMS, jax.tree.map(lambda x, i=i: x[i : i + 1], batch), KEY) for i in range(rows)]
+    parts = [objective(params, jax.tree.map(lambda x, i=i: x[i : i + 1], batch), KEY) for i in range(rows)]
     total = jax.tree.map(lambda *x: sum(x), *parts)
     chex.assert_trees_all_close((total.losses, total.metrics), (whole.losses, whole.metrics), rtol=1e-5)
 
 
 def test_weights_do_not_depend_on_the_parameters(case):
-    objective, batch = case
+    objective, params, batch = case
 
     def weight(params):
         return sum(term.weight for term in objective(params, batch, KEY).losses.values())
 
-    slopes = jax.grad(weight)(PARAMS)
+    slopes = jax.grad(weight)(params)
     chex.assert_trees_all_equal(slopes, jax.tree.map(jnp.zeros_like, slopes))
 
 
 def test_metrics_carry_no_gradient(case):
-    objective, batch = case
-    slopes = jax.grad(lambda p: sum(m.sum for m in objective(p, batch, KEY).metrics.values()))(PARAMS)
+    objective, params, batch = case
+    slopes = jax.grad(lambda p: sum(m.sum for m in objective(p, batch, KEY).metrics.values()))(params)
     chex.assert_trees_all_equal(slopes, jax.tree.map(jnp.zeros_like, slopes))
 
 
 def test_same_key_same_terms_under_jit(case):
-    objective, batch = case
-    chex.assert_trees_all_close(jax.jit(objective)(PARAMS, batch, KEY), objective(PARAMS, batch, KEY), rtol=2e-5)
+    objective, params, batch = case
+    chex.assert_trees_all_close(jax.jit(objective)(params, batch, KEY), objective(params, batch, KEY), rtol=2e-5)
 
 
 def test_nothing_to_learn_from_is_zero_and_finite(case):
-    objective, batch = case
+    objective, params, batch = case
     empty = jax.tree.map(jnp.zeros_like, batch)
     total = lambda p: sum(term.sum for term in objective(p, empty, KEY).losses.values())
-    value, slopes = jax.value_and_grad(total)(PARAMS)
+    value, slopes = jax.value_and_grad(total)(params)
     assert value == 0
     chex.assert_trees_all_equal(slopes, jax.tree.map(jnp.zeros_like, slopes))

@@ -22,14 +22,14 @@ from lmlab.train.step import total_loss
 
 @pytest.fixture(scope="module", params=OBJECTIVES)
 def case(request):
-    objective = OBJECTIVES[request.param].build(LM)
-    return objective, trained(objective)
+    objective, lm = OBJECTIVES[request.param].build(LM), OBJECTIVES[request.param].model(LM)
+    return objective, lm, trained(objective, lm=lm)
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_a_mesh_gives_the_numbers_of_one_device(case, sizes):
-    objective, alone = case
-    chex.assert_trees_all_close(trained(objective, sizes), alone, atol=1e-5, rtol=1e-5)
+    objective, lm, alone = case
+    chex.assert_trees_all_close(trained(objective, sizes, lm=lm), alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture
@@ -59,9 +59,9 @@ def test_the_compiler_would_say_so(compiled_anew, capfd):
 
 
 def test_pmap_gives_the_numbers_of_one_device(case):
-    objective, alone = case
+    objective, lm, alone = case
     step = parallel.pmapped_step(objective, TX)
-    state = parallel.replicate(init_state(LM.init, TX, 0), 8)
+    state = parallel.replicate(init_state(lm.init, TX, 0), 8)
     for batch in BATCHES:
         state, metrics = step(state, parallel.deal_rows(batch, 8))
     for replica in (0, 7):

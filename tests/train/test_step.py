@@ -19,9 +19,9 @@ LM = tiny_lm()
 TX = optax.sgd(0.1)
 
 
-def run(objective, batch, microbatches, steps=3):
+def run(objective, batch, microbatches, steps=3, lm=LM):
     step = jax.jit(make_step(objective, TX, microbatches=microbatches))
-    state = init_state(LM.init, TX, 0)
+    state = init_state(lm.init, TX, 0)
     for _ in range(steps):
         state, metrics = step(state, batch)
     return state, metrics
@@ -32,7 +32,8 @@ def run(objective, batch, microbatches, steps=3):
 def test_one_batch_of_8_is_8_of_1(name, microbatches):
     # Rows hold different numbers of labels, so a mean of means would be off in the first digit.
     batch = random_batch(rows=8, seed=5)
-    whole, parts = (run(OBJECTIVES[name].build(LM), batch, m) for m in (1, microbatches))
+    case = OBJECTIVES[name]
+    whole, parts = (run(case.build(LM), batch, m, lm=case.model(LM)) for m in (1, microbatches))
     chex.assert_trees_all_close(whole[0].params, parts[0].params, atol=1e-6)
     chex.assert_trees_all_close(whole[1], parts[1], rtol=1e-5, atol=1e-6)
 

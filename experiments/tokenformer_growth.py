@@ -1,0 +1,284 @@
+"""Growing a TokenFormer beside training the large one from nothing (arXiv 2410.23168, section 4.3).
+
+    python -m experiments.tokenformer_growth [--smoke] [--out FOLDER]
+
+A small model (two layers of width 32, 16 parameter tokens) learns program text by bytes; then it is grown to 48 in five
+ways that all train on, each with a warm-up and a schedule of its own, beside the small model trained on and large ones
+from nothing at several budgets. Prints held-out loss at growth, after 30 steps and at the end, mean and standard
+deviation over seeds; what training from nothing costs to reach the loss of the paper's way of growing; writes
+results.json and growth.svg.
+"""
+
+import itertools
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from lmlab.cli import exit_code
+from lmlab.core.rng import key_for
+from lmlab.core.types import Array, Params, TokenBatch
+from lmlab.data.config import DataConfig
+from lmlab.data.open import open_data
+from lmlab.models.config import AttentionConfig, GrowthConfig, ParameterTokens, TokenFormerConfig
+from lmlab.models.flops import training_flops_per_token
+from lmlab.models.growth import grow_params, grown_config
+from lmlab.models.tokenformer import tokenformer
+from lmlab.objectives.next_token import next_token
+from lmlab.optim.chain import build_optimizer
+from lmlab.optim.config import OptimConfig, ScheduleConfig
+from lmlab.train.state import State, new_state
+from lmlab.train.step import make_evaluation, make_step, ratio_value
+
+PAPER = "zero keys, tau kept"
+GROWTHS = {
+    PAPER: GrowthConfig(),
+    "zero keys, tau follows": GrowthConfig(tau="follow"),
+    "all random, tau follows (the authors' code)": GrowthConfig(keys="normal", tau="follow"),
+    "random keys, zero values, tau follows": GrowthConfig(keys="normal", values="zeros", tau="follow"),
+    "zero keys, zero values, tau kept": GrowthConfig(values="zeros"),
+}
+"""The ways to grow, by name."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Grow a small TokenFormer in five ways, beside training large ones from nothing."""
+
+    out: str = "runs/tokenformer_growth"
+    """Where results.json and the figure go."""
+    smoke: bool = False
+    """A few steps, to see that it runs."""
+    seeds: int = 3
+    """Trainings of each arm, on different rows from different parameters."""
+    base: int = 800
+    """Steps of the small model before it grows."""
+    grown: int = 200
+    """Steps after it has."""
+    budgets: tuple[int, ...] = (200, 400, 800, 1200, 1600, 2400)
+    """Steps of large models from nothing; each is a training with a schedule of its own."""
+    peak: float = 3e-3
+    """Highest learning rate of every training."""
+    tokens: int = 16
+    """Parameter tokens before."""
+    more: int = 48
+    """And after."""
+
+
+MODEL = TokenFormerConfig(vocab_size=257, layers=2, width=32, max_length=32, attention=AttentionConfig(heads=2))
+ROWS, LENGTH, HELD_OUT = 16, 32, 2048
+"""Rows of a batch, tokens of a row, and held-out rows."""
+Curve = dict[int, list[float]]
+"""Held-out loss of each seed by step."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """What all arms read."""
+
+    rows: Callable[[int, int], TokenBatch]
+    """`rows(first, count)`: batches [count, S, rows, ...] from a step on; every seed has its own rows."""
+    held_out: TokenBatch
+
+
+def read_text(options: Options) -> Text:
+    """Program text by bytes: the sources of Python's standard library."""
+    data = open_data(DataConfig(length=LENGTH, batch_size=ROWS * options.seeds))
+    deal = lambda *x: np.stack([np.asarray(part).reshape(options.seeds, -1, *part.shape[1:]) for part in x])
+    rows = lambda first, count: jax.tree.map(deal, *data.train.batches(first, count))
+    limit = 64 if options.smoke else HELD_OUT
+    held_out = itertools.islice(data.heldout(), -(-limit // (ROWS * options.seeds)))
+    return Text(rows, jax.tree.map(lambda *x: jnp.concatenate(x)[:limit], *held_out))
+
+
+def train(
+    text: Text, peak: float, config: TokenFormerConfig, params: Params, steps: range, looks: Sequence[int]
+) -> tuple[Params, Curve]:  # fmt: skip
+    """The parameters after training on the batches of these steps, and held-out losses after `looks` of them.
+
+    params: [A, S, ...] of A arms with S seeds each; the curves hold A lists of S, one after the other.
+    """
+    lm = tokenformer(config)
+    tx = build_optimizer(OptimConfig(schedule=ScheduleConfig(peak=peak)), lm.axes, len(steps))
+    one = make_step(next_token(lm), tx)
+    arms = jax.vmap(jax.vmap(lambda state, batch: one(state, batch)[0]), (0, None))
+    advance = jax.jit(lambda states, rows: jax.lax.scan(lambda s, batch: (arms(s, batch), None), states, rows)[0])
+    keys = jax.random.split(jax.random.key(0), jax.tree.leaves(params)[0].shape[:2])
+    states: State = jax.jit(jax.vmap(jax.vmap(lambda p, key: new_state(p, tx, key))))(params, keys)
+    measure = held_out_loss(text, config)
+    curve, now = {}, 0
+    # One length of scan for all, so that it is compiled once.
+    count = math.gcd(*looks, len(steps), 100)
+    for look in sorted({*looks, len(steps)}):
+        while now < look:
+            states = advance(states, text.rows(steps[now], count))
+            now += count
+        curve[look] = measure(states.params)
+    return states.params, curve
+
+
+def held_out_loss(text: Text, config: TokenFormerConfig) -> Callable[[Params], list[float]]:
+    """Held-out loss of every member, in nats a byte."""
+    evaluation = make_evaluation(next_token(tokenformer(config)))
+
+    def loss(params: Params) -> Array:
+        return ratio_value(next(iter(evaluation(params, text.held_out, jax.random.key(0)).losses.values())))
+
+    every = jax.jit(jax.vmap(lambda arm: jax.lax.map(loss, arm)))
+    return lambda params: np.asarray(every(params)).ravel().tolist()
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Train every arm; all that is printed and drawn."""
+    if options.smoke:
+        options = replace(options, seeds=2, base=8, grown=4, budgets=(4, 12))
+    learn = partial(train, read_text(options), options.peak)
+    small = replace(MODEL, parameter_tokens=ParameterTokens(options.tokens))
+    counts = replace(MODEL, parameter_tokens=ParameterTokens(options.more)).counts
+    keys = jax.random.split(jax.random.key(1), (1, options.seeds))
+    begin = lambda config: jax.jit(jax.vmap(jax.vmap(tokenformer(config).init)))(keys)
+
+    say("the small model")
+    base, before = learn(small, begin(small), range(options.base), [])
+    after = range(options.base, options.base + options.grown)
+    looks = sorted({0, *(look for look in (10, 30, 60, 100, 150) if look < options.grown)})
+    arms = {"small model, trained on": learn(small, base, after, looks)[1]}
+    dead = {}
+    for tau in ("keep", "follow"):
+        chosen = {name: growth for name, growth in GROWTHS.items() if growth.tau == tau}
+        say("; ".join(chosen))
+        grown = [_grown(small, counts, base, growth) for growth in chosen.values()]
+        params = jax.tree.map(lambda *x: jnp.concatenate(x), *(params for _, params in grown))
+        params, curve = learn(grown[0][0], params, after, looks)
+        for i, name in enumerate(chosen):
+            mine = slice(i * options.seeds, (i + 1) * options.seeds)
+            arms[name] = {step: losses[mine] for step, losses in curve.items()}
+            dead[name] = float(jnp.max(jnp.abs(params["layers"]["ffn"]["keys"][i, ..., small.counts.ffn :])))
+    large = replace(MODEL, parameter_tokens=counts)
+    scratch = {}
+    for budget in options.budgets:
+        say(f"large from nothing, {budget} steps")
+        _, scratch[budget] = learn(large, begin(large), range(budget), [min(_early(options.grown), budget)])
+    cost = {"small": training_flops_per_token(small, LENGTH), "large": training_flops_per_token(large, LENGTH)}
+    result = {"options": asdict(options), "small model before growth": before[options.base], "arms": arms,
+              "scratch": scratch, "largest new key": dead, "flops_per_token": cost}  # fmt: skip
+    return result | {"saved": saved(result)}
+
+
+def _grown(
+    small: TokenFormerConfig, counts: ParameterTokens, base: Params, growth: GrowthConfig
+) -> tuple[TokenFormerConfig, Params]:  # fmt: skip
+    config = grown_config(small, counts, growth)
+    keys = jax.random.split(key_for(jax.random.key(2), "growth"), jax.tree.leaves(base)[0].shape[:2])
+    grow = lambda params, key: grow_params(params, small, config, key, growth)
+    return config, jax.jit(jax.vmap(jax.vmap(grow)))(base, keys)
+
+
+def _early(steps: int) -> int:
+    return min(30, steps)
+
+
+def saved(result: dict[str, Any]) -> dict[str, Any]:
+    """What a large model from nothing costs to reach the mean loss of the grown one, over what growing costs.
+
+    Steps from nothing are interpolated between budgets in the logarithm of the steps; None: no budget reaches it.
+    """
+    options, cost = result["options"], result["flops_per_token"]
+    target = float(np.mean(result["arms"][PAPER][options["grown"]]))
+    points = [(steps, float(np.mean(curve[steps]))) for steps, curve in result["scratch"].items()]
+    steps = next((_between(a, b, target) for a, b in itertools.pairwise(points) if b[1] <= target), None)
+    if points[0][1] <= target:
+        steps = float(points[0][0])
+    stage = options["grown"] * cost["large"]
+    whole = stage + options["base"] * cost["small"]
+    ratio = lambda spent: None if steps is None else round(steps * cost["large"] / spent, 2)
+    return {"target loss": target, "steps from nothing": steps and round(steps), "over the stage": ratio(stage),
+            "over the small model and the stage": ratio(whole)}  # fmt: skip
+
+
+def _between(a: tuple[int, float], b: tuple[int, float], target: float) -> float:
+    share = (a[1] - target) / (a[1] - b[1])
+    return math.exp(math.log(a[0]) + share * (math.log(b[0]) - math.log(a[0])))
+
+
+def table(result: dict[str, Any]) -> str:
+    """The table of all arms."""
+    show = lambda losses: f"{np.mean(losses):8.4f} ±{np.std(losses, ddof=1):.4f}"
+    end = result["options"]["grown"]
+    middle = _early(end)
+    lines = [f"{'held-out loss, nats a byte':46s} {'at growth':>16s} {f'+{middle}':>16s} {f'+{end}':>16s}",
+             f"{'small model before growth':46s} {show(result['small model before growth']):>16s}"]  # fmt: skip
+    for name, curve in result["arms"].items():
+        lines.append(f"{name:46s} {show(curve[0]):>16s} {show(curve[middle]):>16s} {show(curve[end]):>16s}")
+    for steps, curve in result["scratch"].items():
+        name = f"large from nothing, {steps} steps"
+        early, late = show(curve[min(middle, steps)]), show(curve[steps])
+        lines.append(f"{name:46s} {'':16s} {early:>16s} {late:>16s}")
+    dead = result["largest new key"]["zero keys, zero values, tau kept"]
+    lines.append(f"largest new key after growing with zero keys and values: {dead:g}")
+    lines.append(f"cost saved: {json.dumps(result['saved'])}")
+    return "\n".join(lines)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Held-out loss after growth, and from nothing by budget."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from lmlab.report.plots import STYLE
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        FigureCanvasAgg(figure)
+        left, right = figure.subplots(1, 2)
+        for name, curve in result["arms"].items():
+            steps, mean = list(curve), [np.mean(losses) for losses in curve.values()]
+            left.errorbar(steps, mean, [np.std(losses, ddof=1) for losses in curve.values()], label=name, capsize=2)
+        left.set(xlabel="steps after growth", ylabel="held-out nats a byte")
+        left.legend(fontsize=7)
+        budgets = list(result["scratch"])
+        losses = [result["scratch"][steps][steps] for steps in budgets]
+        right.errorbar(budgets, [np.mean(x) for x in losses], [np.std(x, ddof=1) for x in losses], capsize=2,
+                       label="large from nothing", color="#666666")  # fmt: skip
+        right.axhline(result["saved"]["target loss"], label=f"grown ({PAPER})", color="#0072B2")
+        right.set(xlabel="steps of the large model", xscale="log")
+        right.legend(fontsize=7)
+        figure.savefig(path)
+
+
+def say(text: str) -> None:
+    """Tell what is being done."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def experiment(options: Options) -> int:
+    """Run, write, print."""
+    from lmlab.core.runtime import prepare
+
+    prepare()
+    result = run(options)
+    folder = Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(result, indent=2))
+    draw(result, folder / "growth.svg")
+    print(table(result))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code, as `lmlab` does."""
+    return exit_code(lambda: experiment(tyro.cli(Options, args=argv)), "python -m experiments.tokenformer_growth")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""The experiment and the benchmark of several heads at toy size: every arm runs, all that is promised is written."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import multi_token as benchmark
+from experiments import multi_token as experiment
+from lmlab.data.synthetic import one_document_a_row
+from lmlab.models.heads import multi_token_lm
+from lmlab.models.heads_config import MultiTokenConfig
+from lmlab.objectives.multi_token import multi_token
+from lmlab.testing.tiny import lively, tiny_config
+
+
+def test_the_experiment_runs_and_writes_what_it_found(tmp_path, capsys):
+    assert experiment.main(["--smoke", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "results.json").read_text())
+    arms = {"n = 1", "n = 2", "n = 2, trunk not reduced", "n = 2, labels of head 2 shuffled"}
+    assert set(result["induction"]) == arms
+    for found in result["induction"].values():
+        assert found["steps"] == [0, 2, 4]
+        assert np.shape(found["second tokens"]) == (3, 2)
+        assert len(found["formed at"]) == 2
+    sizes = {arm: found["parameters"] for arm, found in result["induction"].items()}
+    assert sizes["n = 1"] == sizes["n = 2"] < sizes["n = 2, trunk not reduced"]
+    assert len({found["parameters"] for found in result["polynomials"].values()}) == 1
+    assert (tmp_path / "multi_token.svg").read_text().startswith("<?xml")
+    assert "polynomials, exact" in capsys.readouterr().out
+
+
+def test_the_step_of_formation_is_the_first_past_the_threshold():
+    found = {"steps": [0, 100, 200], "second tokens": [[0.1, 0.2], [0.3, 0.2], [0.2, 0.24]]}
+    result = experiment.summarised({"induction": {"n = 1": found}})
+    assert result["induction"]["n = 1"]["formed at"] == [100, None]
+    assert experiment.spread([100, None, 300, None, None]) == "never (300 to never)"
+    assert experiment.spread([0.1, 0.5, 0.3, 0.2, 0.4]) == "0.300 (0.200 to 0.400)"
+
+
+def test_the_control_teaches_its_first_head_alone():
+    model = multi_token_lm(MultiTokenConfig(tiny_config(layers=3), 2))
+    params = lively(model.lm.init(jax.random.key(0)))
+    batch = one_document_a_row(jax.random.randint(jax.random.key(1), (4, 9), 0, 7))
+    ours, real = (f(model)(params, batch, jax.random.key(0)).losses for f in (experiment.shuffled, multi_token))
+    assert ours["head_1"].sum == pytest.approx(float(real["head_1"].sum), rel=1e-6)
+    assert ours["head_2"].sum != pytest.approx(float(real["head_2"].sum), rel=1e-3)
+    # Rows that are all alike have nothing to shuffle.
+    alike = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), batch)
+    ours, real = (f(model)(params, alike, jax.random.key(0)).losses for f in (experiment.shuffled, multi_token))
+    assert ours["head_2"].sum == pytest.approx(float(real["head_2"].sum), rel=1e-6)
+
+
+def test_the_benchmark_ends_in_its_numbers(capsys):
+    sizes = {"layers": 5, "width": 64, "length": 16, "rows": 2, "steps": 2, "texts": 1, "new": 5, "rounds": 1,
+             "vocabulary": 512, "memory-length": 8}  # fmt: skip
+    assert benchmark.main([word for name, size in sizes.items() for word in (f"--{name}", str(size))]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(result) == {"temp_growth_n8", "speedup_n4", "acceptance_n4", "overhead_n4"}
+    assert all(value >= 0 for value in result.values())
+    assert benchmark.main(["--parts", "memory", "speed"]) == 2
