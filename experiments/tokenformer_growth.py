@@ -94,7 +94,7 @@ def read_text(options: Options) -> Text:
     """Program text by bytes: the sources of Python's standard library."""
     data = open_data(DataConfig(length=LENGTH, batch_size=ROWS * options.seeds))
     deal = lambda *x: np.stack([np.asarray(part).reshape(options.seeds, -1, *part.shape[1:]) for part in x])
-    rows = lambda first, count: jax.tree.map(deal, *data.train.batches(first, count))
+    rows = lambda first, count: jax.tree.map(deal, *data.train.batches(first, first + count))
     limit = 64 if options.smoke else HELD_OUT
     held_out = itertools.islice(data.heldout(), -(-limit // (ROWS * options.seeds)))
     return Text(rows, jax.tree.map(lambda *x: jnp.concatenate(x)[:limit], *held_out))

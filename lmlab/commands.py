@@ -13,7 +13,8 @@ import tyro
 
 from lmlab.core.errors import UserError, check
 from lmlab.inference.config import SamplingConfig
-from lmlab.recipe import Pretrain, load_recipe
+from lmlab.models.config import GrowthConfig
+from lmlab.recipe import Grown, Pretrain, load_recipe
 from lmlab.train.config import HostsConfig
 
 RUNS = Path("runs")
@@ -29,6 +30,27 @@ class Run:
     """Run folder; empty: runs/NAME."""
     profile: str = ""
     """FIRST:LAST: trace these steps (profile/ in the run folder) and tell which operations took their time."""
+    config: Annotated[Pretrain, tyro.conf.arg(name="")] = field(default_factory=Pretrain)
+    hosts: HostsConfig = field(default_factory=HostsConfig)
+
+
+@dataclass(frozen=True)
+class Grow:
+    """Train a TokenFormer that begins as a smaller trained one; its recipe's fields, too. Run it again to go on.
+
+    By default as the paper does: the new model computes what the old one does. --keys normal --tau follow: as the
+    authors' code does.
+    """
+
+    run: tyro.conf.Positional[str]
+    """Run folder of the model that grows."""
+    to: str
+    """The recipe of the larger one: a Python file with a function recipe(), or the name of one in ./configs."""
+    out: str = ""
+    """Run folder; empty: runs/NAME."""
+    profile: str = ""
+    """FIRST:LAST: trace these steps (profile/ in the run folder) and tell which operations took their time."""
+    growth: Annotated[GrowthConfig, tyro.conf.arg(name="")] = field(default_factory=GrowthConfig)
     config: Annotated[Pretrain, tyro.conf.arg(name="")] = field(default_factory=Pretrain)
     hosts: HostsConfig = field(default_factory=HostsConfig)
 
@@ -130,6 +152,15 @@ def run(args: Run) -> int:
 
     steps, name = args.config.train.steps, Path(args.recipe).stem
     return train(partial(pretrain, args.config), steps, args.out or str(RUNS / name), args.profile, args.hosts)
+
+
+def grow(args: Grow) -> int:
+    """Grow, then train; the exit code is that of `train`."""
+    from lmlab.growing import grow
+
+    config = Grown(**vars(args.config), source=args.run, growth=args.growth)
+    out = args.out or str(RUNS / Path(args.to).stem)
+    return train(partial(grow, config), config.train.steps, out, args.profile, args.hosts)
 
 
 def train(method: Callable[[Path, Any], Any], steps: int, out: str, profile: str, hosts: HostsConfig) -> int:
@@ -276,6 +307,7 @@ def doctor(args: Doctor) -> int:
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "run": (Run, run),
+    "grow": (Grow, grow),
     "generate": (Generate, generate),
     "eval": (Eval, evaluate),
     "convert": (Convert, convert),

@@ -11,7 +11,7 @@ from pathlib import Path
 from lmlab.core.errors import UserError, check
 from lmlab.data.config import ConversationsConfig, DataConfig
 from lmlab.inference.config import SamplingConfig
-from lmlab.models.config import ExecutionConfig, ModelConfig, TransformerConfig
+from lmlab.models.config import ExecutionConfig, GrowthConfig, ModelConfig, TransformerConfig
 from lmlab.objectives.config import NextTokenConfig
 from lmlab.optim.config import OptimConfig, ScheduleConfig
 from lmlab.train.config import ParallelConfig, TrainConfig
@@ -49,6 +49,16 @@ class Pretrain:
               f"at most model.max_length = {self.model.max_length}",
               "Shorten the rows or raise model.max_length.")  # fmt: skip
         _check_divides(self)
+
+
+@dataclass(frozen=True)
+class Grown(Pretrain):
+    """The same of a model that begins as a trained one with parameter tokens added; what the run folder keeps."""
+
+    source: str = field(kw_only=True)
+    """The run that grows."""
+    growth: GrowthConfig = field(kw_only=True)
+    """How."""
 
 
 @dataclass(frozen=True)
