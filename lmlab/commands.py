@@ -14,7 +14,7 @@ import tyro
 from lmlab.core.errors import UserError, check
 from lmlab.inference.config import SamplingConfig
 from lmlab.models.config import GrowthConfig
-from lmlab.recipe import Grown, Pretrain, load_recipe
+from lmlab.recipe import Grown, MultiToken, Pretrain, load_recipe
 from lmlab.train.config import HostsConfig
 
 RUNS = Path("runs")
@@ -73,6 +73,8 @@ class Generate:
     """A smaller model of the same tokenizer that drafts (speculative decoding); what is drawn stays as probable."""
     ahead: int = 4
     """Tokens that it drafts at once."""
+    heads: int = 0
+    """Of a run with several heads: decode with so many, of which all but the first draft; 0: with the first alone."""
     seed: int = 0
     """Seed of the samples."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -148,10 +150,12 @@ class Doctor:
 
 def run(args: Run) -> int:
     """Train; the exit code is that of `train`."""
+    from lmlab.multi_token import train_heads
     from lmlab.pretrain import pretrain
 
-    steps, name = args.config.train.steps, Path(args.recipe).stem
-    return train(partial(pretrain, args.config), steps, args.out or str(RUNS / name), args.profile, args.hosts)
+    config, name = args.config, Path(args.recipe).stem
+    method = partial(train_heads, config) if isinstance(config, MultiToken) else partial(pretrain, config)
+    return train(method, config.train.steps, args.out or str(RUNS / name), args.profile, args.hosts)
 
 
 def grow(args: Grow) -> int:
@@ -191,21 +195,27 @@ def generate(args: Generate) -> int:
     from lmlab.inference.text import sample_text
     from lmlab.interop.pretrained import tokenizer_of
     from lmlab.loading import load_model
-    from lmlab.talk import draft_text, talk
+    from lmlab.runs import load_heads
+    from lmlab.talk import draft_text, heads_text, talk
 
     check(args.samples >= 1, "samples", args.samples, "at least 1")
-    model = load_model(Path(args.model), args.dtype)
-    key = jax.random.key(args.seed)
-    if args.chat:
-        check(not args.draft, "--draft", args.draft, "no draft model with --chat")
-        talk(model, [prompt for prompt in args.prompt if prompt], args.system, key, args.sampling)
-        return 0
-    prompts = [prompt for prompt in args.prompt for _ in range(args.samples)]
-    if args.draft:
-        texts = draft_text(model, load_model(Path(args.draft), args.dtype), prompts, key, args.sampling, args.ahead)
+    check(not args.chat or not args.draft, "--draft", args.draft, "no draft model with --chat")
+    check(
+        not args.heads or not (args.draft or args.chat), "--heads", args.heads, "neither --draft nor --chat beside it"
+    )
+    key, prompts = jax.random.key(args.seed), [prompt for prompt in args.prompt for _ in range(args.samples)]
+    if args.heads:
+        texts = heads_text(load_heads(Path(args.model)), prompts, key, args.sampling, args.heads)
     else:
-        codec = tokenizer_of(model)
-        texts = [text for text, _ in sample_text(model.lm, model.params, codec, prompts, key, args.sampling)]
+        model = load_model(Path(args.model), args.dtype)
+        if args.chat:
+            talk(model, [prompt for prompt in args.prompt if prompt], args.system, key, args.sampling)
+            return 0
+        if args.draft:
+            texts = draft_text(model, load_model(Path(args.draft), args.dtype), prompts, key, args.sampling, args.ahead)
+        else:
+            codec = tokenizer_of(model)
+            texts = [text for text, _ in sample_text(model.lm, model.params, codec, prompts, key, args.sampling)]
     for prompt, text in zip(prompts, texts, strict=True):
         print(f"{prompt}{text}")
     return 0

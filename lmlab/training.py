@@ -125,6 +125,8 @@ class Pieces:
     load: Callable[[State], State] | None = None
     """`load(shardings) -> state`: what a run begins with that has parameters already, laid out like that; None:
     `lm.init` makes them."""
+    further_flops: float = 0.0
+    """Floating-point operations of a token in training beside those of `config.model`."""
     origin: str = "from scratch"
     """Where the parameters come from, for the user."""
 
@@ -187,7 +189,7 @@ def train_run(
             agree=agreement(),
             watch=profile and _profiler(*profile, start, folder, display.say),
             before=pieces.load is not None,
-            **_sizes(pieces.config),
+            **_sizes(pieces),
         )
         step = traced_once(make_step(pieces.objective, pieces.tx, microbatches=config.train.microbatches))
         feed = lambda first: map(place, pieces.data.train.batches(first, None))
@@ -229,10 +231,11 @@ def _outputs(steps: int, folder: Path, start: int, stack: ExitStack) -> tuple[Lo
     return stack.enter_context(MetricsLog(folder, kept)), stack.enter_context(Progress(steps, start))
 
 
-def _sizes(config: Resolved) -> dict[str, Any]:
+def _sizes(pieces: Pieces) -> dict[str, Any]:
     """What speed is measured by."""
+    config = pieces.config
     tokens = config.data.batch_size * config.data.length
-    flops = training_flops_per_token(config.model, config.data.length) * tokens
+    flops = (training_flops_per_token(config.model, config.data.length) + pieces.further_flops) * tokens
     peak = peak_flops(config.model.execution.compute_dtype)
     return {"tokens_per_step": tokens, "flops_per_step": flops, "peak_flops": peak}
 
