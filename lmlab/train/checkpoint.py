@@ -132,13 +132,13 @@ def restore_params(
 
     unread: shapes of what stands beside them, and is left there.
     """
-    unread = unread or {}
-    left = jax.tree.map(lambda _: ocp.PLACEHOLDER, unread)
+    beside = unread or {}
+    places = ocp.checkpoint_utils.construct_restore_args(params)
+    like = ocp.args.PyTreeRestore(params, restore_args=places, partial_restore=True)
 
     def read(step: int, meta: Mapping[str, Any]) -> tuple[int, Params]:
-        _check_shapes(checkpoints.folder, _under(meta["shapes"], "params/"), shapes({"params": {**params, **unread}}))
-        found = _read(checkpoints, step, params=ocp.args.StandardRestore({**params, **left}))["params"]
-        restored = {name: found[name] for name in params}
+        _check_shapes(checkpoints.folder, _under(meta["shapes"], "params/"), shapes({"params": {**params, **beside}}))
+        restored = _read(checkpoints, step, params=like)["params"]
         known = shapes({"params": params})
         _verify({"params": restored}, {name: meta["digests"][name] for name in known})
         return step, restored
