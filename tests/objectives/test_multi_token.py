@@ -69,6 +69,27 @@ def test_loss_and_gradients_equal_those_of_all_logits_under_optax(chunk):
     chex.assert_trees_all_close(one, two, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 7, 50])
+def test_in_float64_loss_and_gradients_are_exact(chunk):
+    with jax.enable_x64(True):
+        head, hidden, labels, weights = arrays(jnp.float64)
+        weights, factors_M = weights.astype(jnp.float64), jnp.asarray([0.3, -2.0])
+        wide = lambda head, hidden: jnp.einsum("...d,vd->...v", hidden, head["w"])
+
+        def ours(head, hidden):
+            return jnp.sum(factors_M * heads_cross_entropy(wide, head, hidden, labels, weights, 0.1, chunk).loss)
+
+        def theirs(head, hidden):
+            logits = wide(head, hidden)
+            log_z = jax.nn.logsumexp(logits, axis=-1)
+            nll = log_z - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+            return jnp.sum(factors_M[None, :, None] * weights * (nll + 0.1 * log_z**2))
+
+        one, two = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(head, hidden) for f in (ours, theirs))
+        chex.assert_trees_all_equal_dtypes(one, two)
+        chex.assert_trees_all_close(one, two, rtol=1e-12, atol=1e-12)
+
+
 def test_gradients_are_added_up_in_float32_and_come_back_in_their_types():
     head, hidden, labels, weights = arrays(jnp.bfloat16)
     f = lambda head, hidden: jnp.sum(heads_cross_entropy(unembed, head, hidden, labels, weights, 0.0, 2).loss)
