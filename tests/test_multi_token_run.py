@@ -62,6 +62,7 @@ def test_every_head_is_reported_and_head_1_is_the_language_model(trained):
         assert 1 <= row["bits_per_byte"] * math.log(2) / heads[0] < 1.2
     last = rows(trained / "heads", "eval")[-1]
     assert last["step"] == 6
+    assert last["perplexity"] == pytest.approx(math.exp(last["loss/head_1"]), rel=1e-5)
     scores = json.loads((trained / "heads/baselines.json").read_text())
     assert scores["model"] < rows(trained / "heads", "train")[0]["bits_per_byte"]
     assert len((trained / "heads/samples.jsonl").read_text().splitlines()) == 3

@@ -16,7 +16,7 @@ from lmlab.models.heads_config import MultiTokenConfig
 from lmlab.models.lm import MultiTokenLM
 from lmlab.objectives.config import MultiTokenLossConfig
 from lmlab.objectives.cross_entropy import heads_cross_entropy
-from lmlab.objectives.multi_token import multi_token
+from lmlab.objectives.multi_token import ahead, multi_token
 from lmlab.objectives.next_token import next_token
 from lmlab.testing.tiny import VOCAB, all_sequences, lively, random_batch, sequence_logprobs, tiny_config, tiny_lm
 from lmlab.train.state import new_state
@@ -168,6 +168,17 @@ def test_heads_of_weight_zero_leave_the_gradient_of_the_language_model():
     wanted = jax.jit(jax.grad(lambda p: loss(next_token(alone), p, batch)))(drop_heads(PARAMS))
     chex.assert_trees_all_close(drop_heads(slopes), wanted, rtol=1e-4, atol=1e-6)
     assert all(not jnp.any(x) for name in ("head_2", "head_3") for x in jax.tree.leaves(slopes[name]))
+
+
+def test_labels_are_the_tokens_ahead_and_nothing_comes_round():
+    batch = whole_rows(jnp.arange(2 * 9).reshape(2, 9))
+    labels_BMT, weights_BMT = ahead(batch, 3)
+    for i in (1, 2, 3):
+        chex.assert_trees_all_equal(labels_BMT[:, i - 1], batch.tokens_BT[:, :6] + i)
+    assert jnp.all(weights_BMT == 1)
+    # In a row whose last tokens are padding no head has a label there.
+    short = batch.replace(segments_BT=batch.segments_BT * (jnp.arange(9) < 5)[None])
+    assert ahead(short, 3)[1].sum(axis=2).tolist() == [[4, 3, 2]] * 2
 
 
 @pytest.mark.parametrize("chain", CHAINS)
