@@ -43,7 +43,10 @@ from lmlab.train.parallel import Share
 from lmlab.train.state import State, init_state
 from lmlab.train.step import make_step, total_loss
 
+COUNTS = (1, 2, 4, 8)
+"""Heads whose memory is read."""
 PROMPT = 64
+"""Tokens."""
 Loss = Callable[[Params, TokenBatch], Array]
 
 
@@ -85,12 +88,13 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
     """The table of bytes."""
     print(f"{'heads':>6s} {'ours, MiB':>10s} {'over n = 1':>10s} {'naive, MiB':>11s} {'over n = 1':>10s}")
     found: dict[str, dict[int, int]] = {"ours": {}, "naive": {}}
-    for heads in (1, 2, 4, 8):
+    for heads in COUNTS:
         found["ours"][heads], found["naive"][heads] = (temporaries(f, heads, args) for f in (ours, naive))
         cells = [(found[name][heads] / 2**20, found[name][heads] / found[name][1]) for name in found]
         (a, b), (c, d) = cells
         print(f"{heads:6d} {a:10.0f} {b:9.2f}x {c:11.0f} {d:9.2f}x", flush=True)
-    return {"temp_growth_n8": round(found["ours"][8] / found["ours"][1], 3)}
+    most = COUNTS[-1]
+    return {f"temp_growth_n{most}": round(found["ours"][most] / found["ours"][1], 3)}
 
 
 def decoding(recipe: MultiToken, args: argparse.Namespace) -> dict[str, float]:

@@ -162,6 +162,7 @@ def grow(args: Grow) -> int:
     """Grow, then train; the exit code is that of `train`."""
     from lmlab.growing import grow
 
+    check(type(args.config) is Pretrain, "--to", args.to, "a recipe Pretrain: only models of one head grow")
     config = Grown(**vars(args.config), source=args.run, growth=args.growth)
     out = args.out or str(RUNS / Path(args.to).stem)
     return train(partial(grow, config), config.train.steps, out, args.profile, args.hosts)

@@ -166,6 +166,7 @@ def test_a_mesh_changes_no_number(here):
         (["generate", "heads", "--heads", "-1"], "--heads = -1: expected 1 to 3"),
         (["generate", "out", "--heads", "2"], "expected a run with several heads"),
         (["generate", "heads", "--heads", "2", "--draft", "out"], "neither --draft nor --chat"),
+        (["grow", "out", "--to", "heads.py"], "only models of one head grow"),
         (["plan", "heads.py"], "expected a model of one head"),
     ],
 )

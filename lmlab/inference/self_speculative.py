@@ -17,7 +17,16 @@ from lmlab.inference.config import SamplingConfig
 from lmlab.inference.draw import draw_tokens
 from lmlab.inference.engine import read_prompts
 from lmlab.inference.sample import check_prompts
-from lmlab.inference.speculative import Drafting, Speculated, append, begin, finish, keep, probabilities
+from lmlab.inference.speculative import (
+    Drafting,
+    Speculated,
+    append,
+    begin,
+    finish,
+    probabilities,
+    round_keys,
+    verified,
+)
 from lmlab.models.lm import MultiTokenLM
 
 
@@ -55,20 +64,14 @@ def _run(
 
     def one_round(state: Drafting) -> Drafting:
         drafted_BK, draft_BKV = state.draft
-        # A row has never been as long before, so no key serves twice.
-        draft_keys_B, keep_keys_B = jax.vmap(lambda key, i: jax.random.split(jax.random.fold_in(key, i)), out_axes=1)(
-            keys_B, state.length_B
-        )
+        draft_keys_B, keep_keys_B = round_keys(keys_B, state.length_B)
         last_B = state.tokens_BS[rows, state.length_B - 1]
         read_BJ = jnp.concatenate([last_B[:, None], drafted_BK], axis=1)
         reading = model.read(params, read_BJ, cache=state.cache)
         hidden_BJD, reading = model.head(params, 1, reading, read_BJ)
         logits_BJV = model.lm.logits(params, hidden_BJD)
-        count_B, next_B = keep(keep_keys_B, drafted_BK, draft_BKV, probabilities(logits_BJV, config))
-        places_J = jnp.arange(ahead + 1)[None]
-        new_BJ = jnp.where(places_J == count_B[:, None], next_B[:, None], jnp.pad(drafted_BK, ((0, 0), (0, 1))))
+        count_B, new_BJ, logprobs_BJ = verified(keep_keys_B, drafted_BK, draft_BKV, logits_BJV, config)
         draft, cache = _draft(model, params, reading, new_BJ, count_B, draft_keys_B, config, ahead)
-        logprobs_BJ = jnp.take_along_axis(jax.nn.log_softmax(logits_BJV), new_BJ[..., None], axis=2)[..., 0]
         state = append(state, new_BJ, logprobs_BJ, count_B, end_ids)
         # The last token is read in the next round, with the draft that follows it.
         return replace(state, cache=model.whole.rewind(cache, state.length_B - 1), draft=draft)

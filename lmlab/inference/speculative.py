@@ -147,6 +147,29 @@ def keep(keys_B: Key, drafted_BK: Array, draft_BKV: Array, target_BJV: Array) ->
     return count_B, draw_tokens(keys_B, jnp.log(next_BV))
 
 
+def round_keys(keys_B: Key, length_B: Array) -> tuple[Key, Key]:
+    """Keys of each row to draft and to keep with. A row has never been as long before, so none serves twice."""
+    drafting, keeping = jax.vmap(lambda key, i: jax.random.split(jax.random.fold_in(key, i)), out_axes=1)(
+        keys_B, length_B
+    )
+    return drafting, keeping
+
+
+def verified(
+    keys_B: Key, drafted_BK: Array, draft_BKV: Array, logits_BJV: Array, config: SamplingConfig
+) -> tuple[Array, Array, Array]:
+    """How many drafted tokens are kept, [B]; those with the token that follows them, and log-probabilities, [B, J].
+
+    What lies beyond the first `count` + 1 means nothing. logits: of the target at the token before the draft and at
+    each of the K = J - 1 drafted.
+    """
+    count_B, next_B = keep(keys_B, drafted_BK, draft_BKV, probabilities(logits_BJV, config))
+    follows_BJ = jnp.arange(logits_BJV.shape[1])[None] == count_B[:, None]
+    new_BJ = jnp.where(follows_BJ, next_B[:, None], jnp.pad(drafted_BK, ((0, 0), (0, 1))))
+    logprobs_BJ = jnp.take_along_axis(jax.nn.log_softmax(logits_BJV), new_BJ[..., None], axis=2)[..., 0]
+    return count_B, new_BJ, logprobs_BJ
+
+
 @partial(jax.jit, static_argnums=(0, 1, 5, 6, 7))
 def _run(
     lm: LM, draft_lm: LM, params: tuple[Params, Params], keys_B: Key, state: Drafting, config: SamplingConfig,
@@ -156,10 +179,7 @@ def _run(
     rows = jnp.arange(len(keys_B))
 
     def one_round(state: Drafting) -> Drafting:
-        # A row has never been as long before, so no key serves twice.
-        draft_keys_B, keep_keys_B = jax.vmap(lambda key, i: jax.random.split(jax.random.fold_in(key, i)), out_axes=1)(
-            keys_B, state.length_B
-        )
+        draft_keys_B, keep_keys_B = round_keys(keys_B, state.length_B)
         last_B = state.tokens_BS[rows, state.length_B - 1]
         draft_cache, drafted_BK, draft_BKV = _draft(
             draft_lm, params[1], state.draft, last_B, draft_keys_B, config, ahead
@@ -167,10 +187,7 @@ def _run(
         read_BJ = jnp.concatenate([last_B[:, None], drafted_BK], axis=1)
         hidden_BJD, cache = lm.apply(params[0], read_BJ, cache=state.cache)
         logits_BJV = lm.logits(params[0], hidden_BJD)
-        count_B, next_B = keep(keep_keys_B, drafted_BK, draft_BKV, probabilities(logits_BJV, config))
-        places_J = jnp.arange(ahead + 1)[None]
-        new_BJ = jnp.where(places_J == count_B[:, None], next_B[:, None], jnp.pad(drafted_BK, ((0, 0), (0, 1))))
-        logprobs_BJ = jnp.take_along_axis(jax.nn.log_softmax(logits_BJV), new_BJ[..., None], axis=2)[..., 0]
+        count_B, new_BJ, logprobs_BJ = verified(keep_keys_B, drafted_BK, draft_BKV, logits_BJV, config)
         state = append(state, new_BJ, logprobs_BJ, count_B, end_ids)
         # The last token is read in the next round, with the draft that follows it.
         back = state.length_B - 1
