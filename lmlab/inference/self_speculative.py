@@ -20,6 +20,7 @@ from lmlab.inference.sample import check_prompts
 from lmlab.inference.speculative import (
     Drafting,
     Speculated,
+    Verify,
     append,
     begin,
     finish,
@@ -32,13 +33,13 @@ from lmlab.models.lm import MultiTokenLM
 
 def self_speculate(
     model: MultiTokenLM, params: Params, prompts: Sequence[np.ndarray], key: Key, config: SamplingConfig, *,
-    ahead: int | None = None, end_ids: tuple[int, ...] = (),
+    ahead: int | None = None, verify: Verify = "token", end_ids: tuple[int, ...] = (),
 ) -> Speculated:  # fmt: skip
     """Samples as `sample` draws them from head 1, though not the same ones unless greedy; all prompts at once.
 
     ahead: tokens that are drafted between two passes, by as many of the further heads; all of them if None. Every pass
-    reads ahead + 1 tokens a row and keeps 1 to ahead + 1. Stop texts and repetition_penalty are not looked at. Raises
-    `UserError` as `sample`.
+    reads ahead + 1 tokens a row and keeps 1 to ahead + 1. verify: see `Verify`; the draft is one block, not a tree.
+    Stop texts and repetition_penalty are not looked at. Raises `UserError` as `sample`.
     """
     ahead = model.heads - 1 if ahead is None else ahead
     check(0 <= ahead < model.heads, "ahead", ahead, f"0 to {model.heads - 1}: the model has {model.heads} heads")
@@ -50,14 +51,14 @@ def self_speculate(
     cache = model.whole.take_rows(cache, jnp.arange(len(prompts)))
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(prompts)))
     static = replace(config, max_new_tokens=1, stop=())
-    state = _run(model, params, keys_B, replace(state, cache=cache), static, end_ids, ahead)
+    state = _run(model, params, keys_B, replace(state, cache=cache), static, end_ids, ahead, verify)
     return finish(prompts, state)
 
 
-@partial(jax.jit, static_argnums=(0, 4, 5, 6))
+@partial(jax.jit, static_argnums=(0, 4, 5, 6, 7))
 def _run(
     model: MultiTokenLM, params: Params, keys_B: Key, state: Drafting, config: SamplingConfig,
-    end_ids: tuple[int, ...], ahead: int,
+    end_ids: tuple[int, ...], ahead: int, verify: Verify,
 ) -> Drafting:  # fmt: skip
     """Read, keep and draft until all rows are done."""
     rows = jnp.arange(len(keys_B))
@@ -70,7 +71,7 @@ def _run(
         reading = model.read(params, read_BJ, cache=state.cache)
         hidden_BJD, reading = model.head(params, 1, reading, read_BJ)
         logits_BJV = model.lm.logits(params, hidden_BJD)
-        count_B, new_BJ, logprobs_BJ = verified(keep_keys_B, drafted_BK, draft_BKV, logits_BJV, config)
+        count_B, new_BJ, logprobs_BJ = verified(keep_keys_B, drafted_BK, draft_BKV, logits_BJV, config, verify)
         draft, cache = _draft(model, params, reading, new_BJ, count_B, draft_keys_B, config, ahead)
         state = append(state, new_BJ, logprobs_BJ, count_B, end_ids)
         # The last token is read in the next round, with the draft that follows it.
