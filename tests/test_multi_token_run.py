@@ -11,9 +11,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
+from test_sft import TEMPLATE, WORDS, write_chats
 from tiny_run import RECIPE, contents, one_line, rows
 
 import lmlab.training
+from experiments.sft import main as sft
 from lmlab.cli import main
 from lmlab.core.errors import UserError
 from lmlab.interop.pretrained import load_pretrained
@@ -143,6 +145,18 @@ def test_heads_are_added_to_a_model_that_has_one(here, chain, layers, capsys):
     again = ["run", "heads.py", "--source", "added", "--heads", "1", "--chain", "linear", "--model.layers", "2"]
     assert main([*again, "--out", "back", "--eval.batches", "0", "--eval.no-baselines"]) == 0
     assert rows(here / "back", "eval")[0]["loss"] == pytest.approx(found[-1]["loss/head_1"], rel=0.02)
+
+
+def test_a_run_of_several_heads_is_fine_tuned_as_its_first(here):
+    (here / "template.jinja").write_text(TEMPLATE)
+    write_chats(here / "chats.jsonl", range(30))
+    write_chats(here / "heldout.jsonl", range(30, 41))
+    words = [*WORDS, "--source", "heads", "--template", "template.jinja", "--data.length", "32", "--out", "tuned"]
+    assert sft(words) == 0
+    tuned = load_run(here / "tuned")
+    assert tuned.lm.config == load_run(here / "heads").lm.config
+    assert [row["step"] for row in rows(here / "tuned", "eval")] == [0, 3, 6]
+    assert not any(name.startswith("head_") for name in tuned.params)
 
 
 def test_a_mesh_changes_no_number(here):
