@@ -44,6 +44,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.tokenformer
+	$(BIN)/python -m benchmarks.multi_token
 	$(BIN)/python -m benchmarks.crash
 	@echo "with a GPU: $(BIN)/python -m benchmarks.gpu"
 

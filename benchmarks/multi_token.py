@@ -2,12 +2,12 @@
 
 Memory: temporary bytes of the compiled loss and gradient of a decoder of 9 layers in all, width 256, 8 rows of 256
 tokens, V = 32k, for n = 1, 2, 4, 8 heads; beside them those of the naive loss, which holds the logits of all heads.
-Decoding: a model of bytes with 4 heads is trained on Python's standard library for some minutes; then texts that were
-held out are continued greedily, one at a time, by plain decoding of head 1 (without the other heads) and with the
-drafts of heads 2 to k. The texts are compared. Overhead: time of a train step of that model over that of one head and
-as many layers. Timings are taken in turns. As its last line one JSON object: `temp_growth_n8` bytes of 8 heads over
-one, `speedup_n4` tokens per second with all drafts over plain, `acceptance_n4` share of drafted tokens that were kept,
-`overhead_n4` step time of 4 heads over one.
+Overhead: time of a train step of configs/multi_token.py (bytes, 4 heads) over that of one head and as many layers.
+Decoding: that recipe is trained into --run (as `lmlab run multi_token` does; a run that is there goes on), then texts
+that were held out are continued greedily, one at a time, by plain decoding (the sampler, on head 1 without the others)
+and with the drafts of 0 to 3 heads. The texts are compared. Timings are taken in turns. As its last line one JSON
+object: `temp_growth_n8` bytes of 8 heads over one, `overhead_n4` step time of 4 heads over one, `speedup_n4` tokens per
+second with all drafts over plain, `acceptance_n4` share of drafted tokens that were kept.
 """
 
 import argparse
@@ -15,6 +15,8 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,23 +28,25 @@ from benchmarks.timing import median_ratio, take_turns
 from lmlab.core.errors import UserError, check
 from lmlab.core.runtime import prepare
 from lmlab.core.types import Array, Params, TokenBatch
-from lmlab.data.config import DataConfig
-from lmlab.data.open import Data, open_data
 from lmlab.inference.config import SamplingConfig
 from lmlab.inference.sample import sample
 from lmlab.inference.self_speculative import self_speculate
-from lmlab.models.config import AttentionConfig, ExecutionConfig, TransformerConfig
+from lmlab.models.config import AttentionConfig, TransformerConfig
 from lmlab.models.heads import multi_token_lm
 from lmlab.models.heads_config import MultiTokenConfig
 from lmlab.models.lm import MultiTokenLM
+from lmlab.multi_token import heads_pieces, train_heads
 from lmlab.objectives.multi_token import ahead, hidden_of_heads, multi_token
-from lmlab.optim.chain import build_optimizer
-from lmlab.optim.config import OptimConfig, ScheduleConfig
+from lmlab.recipe import MultiToken, load_recipe
+from lmlab.runs import load_heads
+from lmlab.train.parallel import Share
 from lmlab.train.state import State, init_state
 from lmlab.train.step import make_step, total_loss
 
-HEADS = 4
+COUNTS = (1, 2, 4, 8)
+"""Heads whose memory is read."""
 PROMPT = 64
+"""Tokens."""
 Loss = Callable[[Params, TokenBatch], Array]
 
 
@@ -84,132 +88,90 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
     """The table of bytes."""
     print(f"{'heads':>6s} {'ours, MiB':>10s} {'over n = 1':>10s} {'naive, MiB':>11s} {'over n = 1':>10s}")
     found: dict[str, dict[int, int]] = {"ours": {}, "naive": {}}
-    for heads in (1, 2, 4, 8):
+    for heads in COUNTS:
         found["ours"][heads], found["naive"][heads] = (temporaries(f, heads, args) for f in (ours, naive))
         cells = [(found[name][heads] / 2**20, found[name][heads] / found[name][1]) for name in found]
         (a, b), (c, d) = cells
         print(f"{heads:6d} {a:10.0f} {b:9.2f}x {c:11.0f} {d:9.2f}x", flush=True)
-    return {"temp_growth_n8": round(found["ours"][8] / found["ours"][1], 3)}
+    most = COUNTS[-1]
+    return {f"temp_growth_n{most}": round(found["ours"][most] / found["ours"][1], 3)}
 
 
-def byte_model(heads: int, args: argparse.Namespace) -> MultiTokenLM:
-    """The model of bytes, as many layers for any number of heads."""
-    attention = AttentionConfig(heads=args.width // 32, kv_heads=args.width // 64)
-    config = TransformerConfig(
-        vocab_size=257, layers=args.layers, width=args.width, max_length=1024, attention=attention,
-        execution=ExecutionConfig(unroll=0),
-    )  # fmt: skip
-    return multi_token_lm(MultiTokenConfig(config, heads))
-
-
-def make_training(heads: int, args: argparse.Namespace) -> tuple[MultiTokenLM, Any, State]:
-    """Model, compiled step and first state, by the recipe of `make demo`."""
-    model = byte_model(heads, args)
-    schedule = ScheduleConfig(peak=args.peak, decay="wsd", end=0.0)
-    tx = build_optimizer(OptimConfig(rule="muon", schedule=schedule), model.lm.axes, args.steps)
-    step = jax.jit(make_step(multi_token(model), tx), donate_argnums=0)
-    return model, step, init_state(model.lm.init, tx, 0)
-
-
-def trained(data: Data, args: argparse.Namespace) -> tuple[MultiTokenLM, Params]:
-    """The model with its heads after `--steps`."""
-    model, step, state = make_training(HEADS, args)
-    for number, batch in enumerate(data.train.batches(0, args.steps), start=1):
-        state, metrics = step(state, batch)
-        if number % 100 == 0 or number == args.steps:
-            nats = " ".join(f"{float(metrics[f'loss/head_{i + 1}']):.3f}" for i in range(HEADS))
-            print(f"step {number}: nats per byte of the heads {nats}", flush=True)
-    return model, state.params
-
-
-def decoding(data: Data, args: argparse.Namespace) -> dict[str, float]:
-    """Tokens per second of plain decoding, and with the drafts of 1 to 3 heads."""
-    model, params = trained(data, args)
-    rows = next(data.heldout()).tokens_BT
+def decoding(recipe: MultiToken, args: argparse.Namespace) -> dict[str, float]:
+    """Tokens per second of plain decoding, and with the drafts of 0 to n - 1 heads."""
+    train_heads(recipe, Path(args.run))
+    run = load_heads(Path(args.run))
+    model, params, heads = run.model, run.params, run.model.heads
+    rows = next(heads_pieces(recipe, Share(0, 1)).data.heldout()).tokens_BT
     prompts = [np.asarray(row[:PROMPT], np.int32) for row in rows[: args.texts]]
     greedy, key = SamplingConfig(temperature=0, max_new_tokens=args.new), jax.random.key(0)
     plain = lambda: [sample(model.lm, params, [prompt], key, greedy)[0] for prompt in prompts]
     drafted = lambda k: [self_speculate(model, params, [prompt], key, greedy, ahead=k) for prompt in prompts]
     wanted = [one.tokens.tolist() for one in plain()]
-    print(
-        f"{args.texts} texts, {args.new} bytes each; the first goes on: {bytes(t for t in wanted[0] if t < 256)!r:.200}"
-    )
-    arms: dict[str, Callable[[], Any]] = {"plain": plain}
-    arms |= {f"{k + 1} heads": (lambda k=k: drafted(k)) for k in range(HEADS)}
-    times = take_turns(arms, args.rounds)
-    result = {}
-    print(f"{'':8s} {'bytes/s':>8s} {'over plain':>10s} {'a pass':>7s} {'kept':>6s} {'same text':>9s}")
-    for k, name in enumerate(arms, start=-1):
-        runs = [one.samples[0].tokens.tolist() for one in drafted(k)] if k >= 0 else wanted
-        same = sum(a == b for a, b in zip(runs, wanted, strict=True))
-        passes = sum(one.passes for one in drafted(k)) if k >= 0 else args.texts * args.new
-        kept = statistics.mean(one.accepted for one in drafted(k)) if k >= 0 else 0.0
-        total = sum(map(len, wanted))
+    first = run.text.tokenizer.decode(wanted[0])
+    print(f"{len(prompts)} texts, {args.new} tokens each; the first goes on: {first!r:.200}")
+    names = [f"{k + 1} heads" for k in range(heads)]
+    arms = {name: (lambda k=k: drafted(k)) for k, name in enumerate(names)}
+    times = take_turns({"plain": plain, **arms}, args.rounds)
+    total, result = sum(map(len, wanted)), {}
+    print(f"{'':8s} {'tokens/s':>8s} {'over plain':>10s} {'a pass':>7s} {'kept':>6s} {'same text':>9s}")
+    print(f"{'plain':8s} {total / statistics.median(times['plain']):8.0f}")
+    for k, name in enumerate(names):
+        drawn = drafted(k)
+        same = sum(one.samples[0].tokens.tolist() == text for one, text in zip(drawn, wanted, strict=True))
+        passes, kept = sum(one.passes for one in drawn), statistics.mean(one.accepted for one in drawn)
         speed, ratio = total / statistics.median(times[name]), median_ratio(times["plain"], times[name])
         print(f"{name:8s} {speed:8.0f} {ratio:9.2f}x {total / passes:7.2f} {kept:6.2f} {same:5d}/{len(wanted)}")
-        if k == HEADS - 1:
-            result = {"speedup_n4": round(ratio, 3), "acceptance_n4": round(kept, 3)}
+        result = {f"speedup_n{heads}": round(ratio, 3), f"acceptance_n{heads}": round(kept, 3)}
     return result
 
 
-def overhead(data: Data, args: argparse.Namespace) -> dict[str, float]:
-    """Time of a step of 4 heads over one of as many layers with one head."""
-    batch = next(iter(data.train.batches(0, 1)))
+def overhead(recipe: MultiToken, args: argparse.Namespace) -> dict[str, float]:
+    """Time of a step of n heads over one of as many layers with one head."""
     arms = {}
-    for heads in (1, HEADS):
-        _, step, state = make_training(heads, args)
-        kept = [state]
-        # Each arm sees rows of T + its own n tokens.
-        cut = jax.tree.map(lambda x, n=heads: x[:, : args.length + n], batch)
+    for heads in (1, recipe.heads):
+        pieces = heads_pieces(replace(recipe, heads=heads), Share(0, 1))
+        step = jax.jit(make_step(pieces.objective, pieces.tx), donate_argnums=0)
+        held = [init_state(pieces.lm.init, pieces.tx, 0)]
+        batch = next(iter(pieces.data.train.batches(0, 1)))
 
-        def run(step: Any = step, kept: list[State] = kept, cut: TokenBatch = cut) -> Any:
-            kept[0], metrics = step(kept[0], cut)
+        def run(step: Any = step, held: list[State] = held, batch: TokenBatch = batch) -> Any:
+            held[0], metrics = step(held[0], batch)
             return metrics
 
         arms[f"n = {heads}"] = run
     times = take_turns(arms, args.rounds)
-    ratio = median_ratio(times[f"n = {HEADS}"], times["n = 1"])
+    ratio = median_ratio(times[f"n = {recipe.heads}"], times["n = 1"])
     middles = ", ".join(f"{name} {1e3 * statistics.median(seconds):.0f} ms" for name, seconds in times.items())
     print(f"a train step: {middles}; ratio {ratio:.3f}")
-    return {"overhead_n4": round(ratio, 3)}
+    return {f"overhead_n{recipe.heads}": round(ratio, 3)}
+
+
+PARTS = ("memory", "overhead", "decoding")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure all three."""
     prepare(compile_cache=False)
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--parts", nargs="+", default=["memory", "overhead", "decoding"])
+    parser.add_argument("--parts", nargs="+", default=PARTS)
+    parser.add_argument("--recipe", default=str(Path(__file__).resolve().parents[1] / "configs" / "multi_token.py"))
+    parser.add_argument("--run", default="runs/multi_token", help="folder that the recipe is trained into, or was")
     parser.add_argument("--vocabulary", type=int, default=32768)
     parser.add_argument("--memory-length", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=192)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--peak", type=float, default=4e-3)
     parser.add_argument("--texts", type=int, default=8)
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args(argv)
     try:
-        for name in (
-            "vocabulary",
-            "memory_length",
-            "layers",
-            "width",
-            "length",
-            "rows",
-            "steps",
-            "texts",
-            "new",
-            "rounds",
-        ):
+        for name in ("vocabulary", "memory_length", "texts", "new", "rounds"):
             check(getattr(args, name) >= 1, f"--{name.replace('_', '-')}", getattr(args, name), "at least 1")
-        data = open_data(DataConfig(length=args.length, batch_size=args.rows), lookahead=HEADS)
-        measure = {"memory": lambda: memory(args), "overhead": lambda: overhead(data, args),
-                   "decoding": lambda: decoding(data, args)}  # fmt: skip
+        recipe = load_recipe(args.recipe)[1]
+        check(isinstance(recipe, MultiToken), "--recipe", args.recipe, "a recipe MultiToken")
         for part in args.parts:
-            check(part in measure, "--parts", part, f"some of {', '.join(measure)}")
+            check(part in PARTS, "--parts", part, f"some of {', '.join(PARTS)}")
+        measure = {"memory": lambda: memory(args), "overhead": lambda: overhead(recipe, args),
+                   "decoding": lambda: decoding(recipe, args)}  # fmt: skip
         print(f"{jax.devices()[0].device_kind}, float32")
         result: dict[str, float] = {}
         for part in args.parts:

@@ -81,6 +81,8 @@ class Task:
     """`batch(seed's key, step)`."""
     score: Callable[[LM, Params, Key], dict[str, Array]]
     """`score(lm, params, seed's key)`: values by name."""
+    lookahead: int
+    """Tokens of a row beyond those that are read; a model of fewer heads is given fewer."""
     peak: float = 3e-3
 
 
@@ -109,7 +111,10 @@ def train(
     keys = jax.vmap(jax.random.key)(jnp.arange(options.seeds))
 
     def one(state: State, _: None) -> tuple[State, None]:
-        return step(state, task.batch(state.key, state.step))[0], None
+        rows = task.batch(state.key, state.step)
+        # Every arm learns head 1 from the same places.
+        rows = jax.tree.map(lambda x: x[:, : x.shape[1] - task.lookahead + model.heads], rows)
+        return step(state, rows)[0], None
 
     @jax.jit
     def advance(states: State) -> State:
@@ -139,7 +144,7 @@ def induction(options: Options, length: int = 64, lookahead: int = 2) -> Task:
         right_BT = jnp.argmax(lm.logits(params, hidden_BTD), axis=-1) == held_out.tokens_BT[:, 1:]
         return {"second tokens": jnp.sum(right_BT & known_BT[:, 1:]) / jnp.sum(known_BT[:, 1:])}
 
-    return Task(batch, score)
+    return Task(batch, score, lookahead)
 
 
 def polynomials(options: Options, lookahead: int = 4) -> Task:
@@ -164,7 +169,7 @@ def polynomials(options: Options, lookahead: int = 4) -> Task:
             found[f"coefficients, m = {m}"] = jnp.sum(right_BT & labels_BT) / (len(right_BT) * DEGREE)
         return found
 
-    return Task(batch, score)
+    return Task(batch, score, lookahead)
 
 
 def run(options: Options, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The command line: from words to a command, and from an outcome to an exit code."""
 
+import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Sequence
@@ -8,7 +9,7 @@ from typing import Any
 
 import tyro
 
-from lmlab.commands import COMMANDS, Plan, Report, Run
+from lmlab.commands import COMMANDS, Grow, Plan, Report, Run
 from lmlab.core.errors import UserError
 from lmlab.recipe import load_recipe
 
@@ -56,15 +57,24 @@ def _dispatch(words: list[str]) -> int:
         hint = f"Did you mean {near[0]}?" if near else "See lmlab --help."
         raise UserError("command", words[0], f"one of {', '.join(COMMANDS)}", hint)
     kind, command = COMMANDS[words[0]]
-    default = None
-    if kind in (Run, Plan) and len(words) > 1 and not words[1].startswith("-"):
-        default = kind(words[1], config=load_recipe(words[1])[1])
-    args = _parse(kind, words, default)
+    args = _parse(kind, words, _default(kind, words))
     if kind is not Report:
         from lmlab.core.runtime import prepare
 
         prepare()
     return command(args)
+
+
+def _default(kind: type[Any], words: list[str]) -> Any:
+    """The options of a command with the recipe that they name, if they name one."""
+    if kind in (Run, Plan) and len(words) > 1 and not words[1].startswith("-"):
+        return kind(words[1], config=load_recipe(words[1])[1])
+    if kind is Grow:
+        known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        known.add_argument("--to")
+        if to := known.parse_known_args(words)[0].to:
+            return Grow(tyro.MISSING, to, config=load_recipe(to)[1])
+    return None
 
 
 def _parse(kind: type[Any], words: list[str], default: Any) -> Any:

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from lmlab.core.errors import UserError, check
+from lmlab.core.errors import check
 from lmlab.inference.config import SamplingConfig
-from lmlab.recipe import Pretrain, load_recipe
+from lmlab.models.config import GrowthConfig
+from lmlab.recipe import Grown, MultiToken, Pretrain, load_recipe
 from lmlab.train.config import HostsConfig
 
 RUNS = Path("runs")
@@ -29,6 +30,27 @@ class Run:
     """Run folder; empty: runs/NAME."""
     profile: str = ""
     """FIRST:LAST: trace these steps (profile/ in the run folder) and tell which operations took their time."""
+    config: Annotated[Pretrain, tyro.conf.arg(name="")] = field(default_factory=Pretrain)
+    hosts: HostsConfig = field(default_factory=HostsConfig)
+
+
+@dataclass(frozen=True)
+class Grow:
+    """Train a TokenFormer that begins as a smaller trained one; its recipe's fields, too. Run it again to go on.
+
+    By default as the paper does: the new model computes what the old one does. --keys normal --tau follow: as the
+    authors' code does.
+    """
+
+    run: tyro.conf.Positional[str]
+    """Run folder of the model that grows."""
+    to: str
+    """The recipe of the larger one: a Python file with a function recipe(), or the name of one in ./configs."""
+    out: str = ""
+    """Run folder; empty: runs/NAME."""
+    profile: str = ""
+    """FIRST:LAST: trace these steps (profile/ in the run folder) and tell which operations took their time."""
+    growth: Annotated[GrowthConfig, tyro.conf.arg(name="")] = field(default_factory=GrowthConfig)
     config: Annotated[Pretrain, tyro.conf.arg(name="")] = field(default_factory=Pretrain)
     hosts: HostsConfig = field(default_factory=HostsConfig)
 
@@ -51,6 +73,8 @@ class Generate:
     """A smaller model of the same tokenizer that drafts (speculative decoding); what is drawn stays as probable."""
     ahead: int = 4
     """Tokens that it drafts at once."""
+    heads: int = 0
+    """Of a run with several heads: decode with so many, of which all but the first draft; 0: with the first alone."""
     seed: int = 0
     """Seed of the samples."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -126,10 +150,22 @@ class Doctor:
 
 def run(args: Run) -> int:
     """Train; the exit code is that of `train`."""
+    from lmlab.multi_token import train_heads
     from lmlab.pretrain import pretrain
 
-    steps, name = args.config.train.steps, Path(args.recipe).stem
-    return train(partial(pretrain, args.config), steps, args.out or str(RUNS / name), args.profile, args.hosts)
+    config, name = args.config, Path(args.recipe).stem
+    method = partial(train_heads, config) if isinstance(config, MultiToken) else partial(pretrain, config)
+    return train(method, config.train.steps, args.out or str(RUNS / name), args.profile, args.hosts)
+
+
+def grow(args: Grow) -> int:
+    """Grow, then train; the exit code is that of `train`."""
+    from lmlab.growing import grow
+
+    check(type(args.config) is Pretrain, "--to", args.to, "a recipe Pretrain: only models of one head grow")
+    config = Grown(**vars(args.config), source=args.run, growth=args.growth)
+    out = args.out or str(RUNS / Path(args.to).stem)
+    return train(partial(grow, config), config.train.steps, out, args.profile, args.hosts)
 
 
 def train(method: Callable[[Path, Any], Any], steps: int, out: str, profile: str, hosts: HostsConfig) -> int:
@@ -160,21 +196,25 @@ def generate(args: Generate) -> int:
     from lmlab.inference.text import sample_text
     from lmlab.interop.pretrained import tokenizer_of
     from lmlab.loading import load_model
-    from lmlab.talk import draft_text, talk
+    from lmlab.runs import load_heads
+    from lmlab.talk import draft_text, heads_text, talk
 
     check(args.samples >= 1, "samples", args.samples, "at least 1")
-    model = load_model(Path(args.model), args.dtype)
-    key = jax.random.key(args.seed)
-    if args.chat:
-        check(not args.draft, "--draft", args.draft, "no draft model with --chat")
-        talk(model, [prompt for prompt in args.prompt if prompt], args.system, key, args.sampling)
-        return 0
-    prompts = [prompt for prompt in args.prompt for _ in range(args.samples)]
-    if args.draft:
-        texts = draft_text(model, load_model(Path(args.draft), args.dtype), prompts, key, args.sampling, args.ahead)
+    check(not args.chat or not args.draft, "--draft", args.draft, "no draft model with --chat")
+    check(not args.heads or not (args.draft or args.chat), "--heads", args.heads, "neither --draft nor --chat with it")
+    key, prompts = jax.random.key(args.seed), [prompt for prompt in args.prompt for _ in range(args.samples)]
+    if args.heads:
+        texts = heads_text(load_heads(Path(args.model)), prompts, key, args.sampling, args.heads)
     else:
-        codec = tokenizer_of(model)
-        texts = [text for text, _ in sample_text(model.lm, model.params, codec, prompts, key, args.sampling)]
+        model = load_model(Path(args.model), args.dtype)
+        if args.chat:
+            talk(model, [prompt for prompt in args.prompt if prompt], args.system, key, args.sampling)
+            return 0
+        if args.draft:
+            texts = draft_text(model, load_model(Path(args.draft), args.dtype), prompts, key, args.sampling, args.ahead)
+        else:
+            drawn = sample_text(model.lm, model.params, tokenizer_of(model), prompts, key, args.sampling)
+            texts = [text for text, _ in drawn]
     for prompt, text in zip(prompts, texts, strict=True):
         print(f"{prompt}{text}")
     return 0
@@ -230,52 +270,27 @@ def plan(args: Plan) -> int:
     return 0
 
 
-def shardings(args: Doctor) -> int:
-    """Print where the parameters of a recipe lie."""
-    import os
-
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    from lmlab.plan.command import shardings
-
-    print(shardings(load_recipe(args.config)[1], args.mesh))
-    return 0
-
-
 def doctor(args: Doctor) -> int:
     """Print versions and devices, and try a matmul on each device; or, of a recipe, the table of shardings."""
+    check(bool(args.config) or not args.mesh, "mesh", args.mesh, "a recipe beside it", "Add --config RECIPE.")
     if args.config:
-        return shardings(args)
-    if args.mesh:
-        raise UserError("mesh", args.mesh, "a recipe beside it", "Add --config RECIPE.")
-    import time
+        import os
 
-    import jax
-    import jax.numpy as jnp
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        from lmlab.plan.command import shardings
 
-    from lmlab.core.runtime import cache_folder
-    from lmlab.report.environment import describe_environment
-    from lmlab.train.device import peak_flops
+        print(shardings(load_recipe(args.config)[1], args.mesh))
+        return 0
+    from lmlab.doctor import findings
 
-    for name, value in describe_environment().items():
-        print(f"{name:20s} {value}")
-    print(f"{'cache':20s} {cache_folder()}")
-    for dtype in ("float32", "bfloat16"):
-        x = jnp.ones((1024, 1024), dtype)
-        square = jax.jit(lambda x: x @ x)
-        square(x).block_until_ready()
-        start = time.perf_counter()
-        for _ in range(10):
-            y = square(x)
-        y.block_until_ready()
-        rate = 10 * 2 * 1024**3 / (time.perf_counter() - start)
-        peak = peak_flops(dtype)
-        known = f"of {peak / 1e12:.0f}" if peak else "(peak not known)"
-        print(f"{dtype + ' matmul':20s} {rate / 1e12:.3f} TFLOP/s {known}")
+    for line in findings():
+        print(line)
     return 0
 
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "run": (Run, run),
+    "grow": (Grow, grow),
     "generate": (Generate, generate),
     "eval": (Eval, evaluate),
     "convert": (Convert, convert),

@@ -14,17 +14,21 @@ from lmlab.evals.perplexity import make_held_out, text_values
 from lmlab.finetune import sft_pieces
 from lmlab.interop.pretrained import Pretrained, tokenizer_of
 from lmlab.loading import load_model
+from lmlab.multi_token import heads_pieces
 from lmlab.pretrain import pretrain_pieces
-from lmlab.recipe import Pretrain
-from lmlab.runs import load_run
+from lmlab.recipe import MultiToken, Pretrain
+from lmlab.runs import load_heads, load_run
+from lmlab.train.folder import read_config
 from lmlab.train.parallel import Share
 from lmlab.training import compare
 
 
 def evaluate_run(folder: Path) -> dict[str, float]:
     """Held-out values of a run's newest parameters on all of its held-out data, and bits per byte of baselines."""
-    run, share = load_run(folder), Share(0, 1)
-    if isinstance(run.config, Pretrain):
+    share, run = Share(0, 1), load_heads(folder) if isinstance(read_config(folder), MultiToken) else load_run(folder)
+    if isinstance(run.config, MultiToken):
+        pieces = heads_pieces(run.config, share)
+    elif isinstance(run.config, Pretrain):
         pieces = pretrain_pieces(run.config, share)
     else:
         pieces = sft_pieces(run.config, run.text, share)

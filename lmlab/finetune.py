@@ -18,7 +18,9 @@ from lmlab.models.lm import LM
 from lmlab.optim.chain import build_optimizer
 from lmlab.pretrain import build_objective
 from lmlab.recipe import SFT, ResolvedSFT
+from lmlab.train.hosts import all_do
 from lmlab.train.parallel import Share
+from lmlab.train.state import State, loaded_state
 from lmlab.training import Outcome, Pieces, build_lm, train_run
 
 
@@ -32,7 +34,12 @@ def _begin(config: SFT, share: Share) -> Pieces:
     model = open_model(Path(config.source), config.execution, config.optim.parameters)
     text = with_template(model.text, config)
     resolved = ResolvedSFT(**vars(config), model=model.config)
-    return replace(sft_pieces(resolved, text, share), load=model.load, origin=config.source)
+    pieces = sft_pieces(resolved, text, share)
+
+    def load(shardings: State) -> State:
+        return loaded_state(all_do(lambda: model.load(shardings.params)), pieces.tx, config.train.seed, shardings)
+
+    return replace(pieces, load=load, origin=f"from {config.source}")
 
 
 def with_template(text: TokenizerFiles | None, config: SFT) -> TokenizerFiles:

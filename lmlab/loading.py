@@ -15,7 +15,7 @@ from lmlab.interop.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from lmlab.interop.weights import check_tensors, load_params, model_parts
 from lmlab.models.config import ExecutionConfig, ModelConfig, TransformerConfig
 from lmlab.optim.precision import cast_parameters
-from lmlab.runs import load_run
+from lmlab.runs import alone, load_run
 from lmlab.train.folder import is_run, read_config
 
 
@@ -46,7 +46,7 @@ def open_model(path: Path, execution: ExecutionConfig, parameters: str) -> Opene
         UserError: as `load_model`, but for what only the reading of the weights brings to light.
     """
     if is_run(path):
-        model = read_config(path).model
+        model = alone(read_config(path)).model
         check(model.execution.stacked, "source", str(path), "a run whose layers are stacked (model.execution.stacked)")
 
         def load(shardings: Any) -> Params:

@@ -11,8 +11,9 @@ from pathlib import Path
 from lmlab.core.errors import UserError, check
 from lmlab.data.config import ConversationsConfig, DataConfig
 from lmlab.inference.config import SamplingConfig
-from lmlab.models.config import ExecutionConfig, ModelConfig, TransformerConfig
-from lmlab.objectives.config import NextTokenConfig
+from lmlab.models.config import ExecutionConfig, GrowthConfig, ModelConfig, TransformerConfig
+from lmlab.models.heads_config import Chain, MultiTokenConfig
+from lmlab.objectives.config import MultiTokenLossConfig, NextTokenConfig
 from lmlab.optim.config import OptimConfig, ScheduleConfig
 from lmlab.train.config import ParallelConfig, TrainConfig
 
@@ -49,6 +50,45 @@ class Pretrain:
               f"at most model.max_length = {self.model.max_length}",
               "Shorten the rows or raise model.max_length.")  # fmt: skip
         _check_divides(self)
+
+
+@dataclass(frozen=True)
+class Grown(Pretrain):
+    """The same of a model that begins as a trained one with parameter tokens added; what the run folder keeps."""
+
+    source: str = field(kw_only=True)
+    """The run that grows."""
+    growth: GrowthConfig = field(kw_only=True)
+    """How."""
+
+
+@dataclass(frozen=True)
+class MultiToken(Pretrain):
+    """Pre-training of a model with several heads, each of which predicts one token further ahead.
+
+    Head 1 is a language model like any other; as one the run is opened wherever a model is asked for.
+    """
+
+    objective: MultiTokenLossConfig = field(default_factory=MultiTokenLossConfig)
+    heads: int = 4
+    """n: head i predicts the i-th next token."""
+    chain: Chain = "parallel"
+    """parallel or causal: the heads are the last n of the model's layers; linear or sequential: each further head is a
+    matrix, or a layer, beside them."""
+    source: str = ""
+    """A trained model to begin with, of as many layers as head 1's has: a run folder, a folder of transformers, a .gguf
+    file; empty: none."""
+
+    def __post_init__(self) -> None:
+        """Check that the heads fit the model, and their weights the heads."""
+        super().__post_init__()
+        check(len(self.objective.head_weights) in (0, self.several.heads), "objective.head_weights",
+              self.objective.head_weights, f"a weight for each of the {self.heads} heads, or none")  # fmt: skip
+
+    @property
+    def several(self) -> MultiTokenConfig:
+        """The model with its heads."""
+        return MultiTokenConfig(self.model, self.heads, self.chain)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A finished or interrupted run as something to use: its model, parameters and text, without its data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -9,8 +9,10 @@ from lmlab.core.errors import UserError
 from lmlab.core.types import Params
 from lmlab.interop.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from lmlab.interop.weights import Place, first_device
-from lmlab.models.lm import LM
-from lmlab.recipe import Pretrain, ResolvedSFT
+from lmlab.models.heads import multi_token_lm
+from lmlab.models.lm import LM, MultiTokenLM
+from lmlab.optim.precision import cast_parameters
+from lmlab.recipe import MultiToken, Pretrain, ResolvedSFT
 from lmlab.train.checkpoint import finish, restore_params
 from lmlab.train.folder import read_config
 from lmlab.train.parallel import with_shardings
@@ -28,17 +30,62 @@ class LoadedRun:
     text: TokenizerFiles
 
 
+@dataclass(frozen=True)
+class LoadedHeads:
+    """What the folder of a run with several heads holds."""
+
+    config: MultiToken
+    model: MultiTokenLM
+    params: Params
+    """Of all heads."""
+    text: TokenizerFiles
+
+
 def load_run(folder: Path, place: Place = first_device) -> LoadedRun:
     """Model and newest intact parameters of a run folder, in the type that they are trained in.
 
-    place: `place(lm, shapes) -> shardings` says where the parameters lie. Raises `UserError` if it holds none.
+    Of a run with several heads it is head 1, and the others are not read. place: `place(lm, shapes) -> shardings` says
+    where the parameters lie. Raises `UserError` if it holds none.
     """
     config = read_config(folder)
-    lm = build_lm(config)
-    shapes = jax.eval_shape(lm.init, jax.random.key(0))
+    lm = build_lm(alone(config))
+    shapes, unread = jax.eval_shape(lm.init, jax.random.key(0)), {}
+    if isinstance(config, MultiToken):
+        every = jax.eval_shape(build_heads(config).lm.init, jax.random.key(0))
+        unread = {name: leaf for name, leaf in every.items() if name not in shapes}
+    step, params = _newest(folder, with_shardings(shapes, place(lm, shapes)), unread)
+    return LoadedRun(config, lm, step, params, read_tokenizer_files(folder))
+
+
+def load_heads(folder: Path) -> LoadedHeads:
+    """The same of a run with several heads, with all of them. Raises `UserError` for any other."""
+    config = read_config(folder)
+    if not isinstance(config, MultiToken):
+        raise UserError("run folder", str(folder), "a run with several heads (a recipe MultiToken)")
+    model = build_heads(config)
+    shapes = jax.eval_shape(model.lm.init, jax.random.key(0))
+    _, params = _newest(folder, with_shardings(shapes, first_device(model.lm, shapes)), {})
+    return LoadedHeads(config, model, params, read_tokenizer_files(folder))
+
+
+def alone(config: Pretrain | ResolvedSFT) -> Pretrain | ResolvedSFT:
+    """The recipe, or of a run with several heads that of head 1: what the run is opened as."""
+    if not isinstance(config, MultiToken):
+        return config
+    return Pretrain(config.several.first, config.data, optim=config.optim)
+
+
+def build_heads(config: MultiToken) -> MultiTokenLM:
+    """The model of a recipe with all heads; it makes its parameters in the type that they are trained in."""
+    model = multi_token_lm(config.several)
+    init = lambda key: cast_parameters(model.lm.init(key), config.optim.parameters)
+    return replace(model, lm=replace(model.lm, init=init))
+
+
+def _newest(folder: Path, like: Params, unread: Params) -> tuple[int, Params]:
     checkpoints = load_checkpoints(folder)
-    restored = restore_params(checkpoints, with_shardings(shapes, place(lm, shapes)))
+    restored = restore_params(checkpoints, like, unread)
     finish(checkpoints)
     if restored is None:
         raise UserError("run folder", str(folder), "a run that has saved a checkpoint", "Let it train on first.")
-    return LoadedRun(config, lm, *restored, read_tokenizer_files(folder))
+    return restored

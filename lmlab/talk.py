@@ -10,9 +10,12 @@ from lmlab.core.errors import UserError, check
 from lmlab.core.types import Key
 from lmlab.data.chat import encode_chat_prompt
 from lmlab.inference.config import SamplingConfig
+from lmlab.inference.sample import Sample
+from lmlab.inference.self_speculative import self_speculate
 from lmlab.inference.speculative import Model, speculate
-from lmlab.inference.text import before_stop, continuation, encode_prompts, stream_text
+from lmlab.inference.text import TextCodec, before_stop, continuation, encode_prompts, stream_text
 from lmlab.interop.pretrained import Pretrained, chat_of, tokenizer_of
+from lmlab.runs import LoadedHeads
 
 HELP = "An empty line, /quit or Ctrl-D ends; /new forgets what was said; Ctrl-C cuts an answer short."
 
@@ -88,5 +91,22 @@ def draft_text(
     check(same, "draft", "another tokenizer", "that of the model")
     models = Model(target.lm, target.params), Model(draft.lm, draft.params)
     drawn = speculate(*models, tokens, key, config, ahead=ahead, end_ids=codec.end_ids).samples
+    return _texts(codec, tokens, drawn, config)
+
+
+def heads_text(
+    run: LoadedHeads, prompts: Sequence[str], key: Key, config: SamplingConfig, heads: int
+) -> list[str]:  # fmt: skip
+    """Continuations by head 1, drafted by heads 2 to `heads`. Raises `UserError` where the model has fewer."""
+    check(1 <= heads <= run.model.heads, "--heads", heads, f"1 to {run.model.heads}, the heads of the model")
+    codec = run.text.tokenizer
+    tokens = encode_prompts(codec, prompts)
+    drawn = self_speculate(run.model, run.params, tokens, key, config, ahead=heads - 1, end_ids=codec.end_ids).samples
+    return _texts(codec, tokens, drawn, config)
+
+
+def _texts(
+    codec: TextCodec, tokens: Sequence[np.ndarray], drawn: Sequence[Sample], config: SamplingConfig
+) -> list[str]:  # fmt: skip
     texts = (continuation(codec, prompt, one.tokens) for prompt, one in zip(tokens, drawn, strict=True))
     return [before_stop(text, config.stop) for text in texts]

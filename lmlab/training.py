@@ -48,7 +48,7 @@ from lmlab.train.parallel import (
     with_shardings,
 )
 from lmlab.train.retrace import traced_once
-from lmlab.train.state import State, init_state, loaded_state
+from lmlab.train.state import State, init_state
 from lmlab.train.step import make_step
 
 CHECKPOINTS, SAMPLES, BASELINES = "checkpoints", "samples.jsonl", "baselines.json"
@@ -122,11 +122,13 @@ class Pieces:
     compare: Callable[[Mapping[str, float]], dict[str, float]] | None = None
     """From the values on all held-out data to bits per byte of the model and of what stands beside it; None: nothing
     is compared."""
-    load: Callable[[Any], Params] | None = None
-    """`load(shardings) -> params`: what the parameters are at the start, in the type that they are trained in, laid out
-    like that; None: `lm.init` makes them."""
-    origin: str = "scratch"
-    """What they come from, for the user."""
+    load: Callable[[State], State] | None = None
+    """`load(shardings) -> state`: what a run begins with that has parameters already, laid out like that; None:
+    `lm.init` makes them."""
+    further_flops: float = 0.0
+    """Floating-point operations of a token in training beside those of `config.model`."""
+    origin: str = "from scratch"
+    """Where the parameters come from, for the user."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def train_run(
             agree=agreement(),
             watch=profile and _profiler(*profile, start, folder, display.say),
             before=pieces.load is not None,
-            **_sizes(pieces.config),
+            **_sizes(pieces),
         )
         step = traced_once(make_step(pieces.objective, pieces.tx, microbatches=config.train.microbatches))
         feed = lambda first: map(place, pieces.data.train.batches(first, None))
@@ -214,10 +216,9 @@ def _settle(folder: Path, pieces: Pieces) -> None:
 
 def _first_state(pieces: Pieces, shardings: State) -> State:
     """The state of a new run: every process makes or reads what its devices hold and no more."""
-    seed, load = pieces.config.train.seed, pieces.load
-    if load is None:
-        return init_state(pieces.lm.init, pieces.tx, seed, shardings)
-    return loaded_state(all_do(lambda: load(shardings.params)), pieces.tx, seed, shardings)
+    if pieces.load is not None:
+        return pieces.load(shardings)
+    return init_state(pieces.lm.init, pieces.tx, pieces.config.train.seed, shardings)
 
 
 def _outputs(steps: int, folder: Path, start: int, stack: ExitStack) -> tuple[Log, Display]:
@@ -230,10 +231,11 @@ def _outputs(steps: int, folder: Path, start: int, stack: ExitStack) -> tuple[Lo
     return stack.enter_context(MetricsLog(folder, kept)), stack.enter_context(Progress(steps, start))
 
 
-def _sizes(config: Resolved) -> dict[str, Any]:
+def _sizes(pieces: Pieces) -> dict[str, Any]:
     """What speed is measured by."""
+    config = pieces.config
     tokens = config.data.batch_size * config.data.length
-    flops = training_flops_per_token(config.model, config.data.length) * tokens
+    flops = (training_flops_per_token(config.model, config.data.length) + pieces.further_flops) * tokens
     peak = peak_flops(config.model.execution.compute_dtype)
     return {"tokens_per_step": tokens, "flops_per_step": flops, "peak_flops": peak}
 
@@ -241,7 +243,7 @@ def _sizes(config: Resolved) -> dict[str, Any]:
 def _opening(pieces: Pieces, state: State) -> str:
     config, data = pieces.config, pieces.data
     count, start = sum(leaf.size for leaf in jax.tree.leaves(state.params)), int(state.step)
-    begun = f"resuming at step {start}" if start else f"from {pieces.origin}"
+    begun = f"resuming at step {start}" if start else pieces.origin
     mesh = jax.sharding.get_mesh()
     parts = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     device = f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s)" + (f" ({parts})" if parts else "")

@@ -53,11 +53,32 @@ def test_the_control_teaches_its_first_head_alone():
     assert ours["head_2"].sum == pytest.approx(float(real["head_2"].sum), rel=1e-6)
 
 
-def test_the_benchmark_ends_in_its_numbers(capsys):
-    sizes = {"layers": 5, "width": 64, "length": 16, "rows": 2, "steps": 2, "texts": 1, "new": 5, "rounds": 1,
-             "vocabulary": 512, "memory-length": 8}  # fmt: skip
-    assert benchmark.main([word for name, size in sizes.items() for word in (f"--{name}", str(size))]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert set(result) == {"temp_growth_n8", "speedup_n4", "acceptance_n4", "overhead_n4"}
+TINY = """
+from lmlab.data.config import DataConfig, Files
+from lmlab.models.config import AttentionConfig, TransformerConfig
+from lmlab.recipe import EvalConfig, MultiToken
+from lmlab.train.config import ParallelConfig, TrainConfig
+
+def recipe():
+    return MultiToken(
+        model=TransformerConfig(layers=5, width=16, max_length=256, attention=AttentionConfig(heads=2)),
+        data=DataConfig(sources={"text": Files("corpus.jsonl", heldout_percent=20)}, length=64, batch_size=2),
+        train=TrainConfig(steps=2, eval_every=2, sample_every=0), parallel=ParallelConfig(data=1),
+        eval=EvalConfig(batches=1, prompts=(), baselines=False),
+    )
+"""
+
+
+def test_the_benchmark_ends_in_its_numbers(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmark, "COUNTS", (1, 2))
+    (tmp_path / "tiny.py").write_text(TINY)
+    (tmp_path / "corpus.jsonl").write_text("\n".join(json.dumps({"text": f"abc {i} " * 9}) for i in range(40)))
+    words = ["--recipe", "tiny.py", "--run", "out", "--texts", "1", "--new", "5", "--rounds", "1"]
+    assert benchmark.main([*words, "--vocabulary", "512", "--memory-length", "8"]) == 0
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    assert set(result) == {"temp_growth_n2", "speedup_n4", "acceptance_n4", "overhead_n4"}
     assert all(value >= 0 for value in result.values())
-    assert benchmark.main(["--parts", "memory", "speed"]) == 2
+    assert out.count(" 1/1\n") == 4
+    assert benchmark.main([*words, "--parts", "memory", "speed"]) == 2

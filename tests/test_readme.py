@@ -1,6 +1,7 @@
 """What README shows runs, and the recipes load."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 
 from lmlab.cli import COMMANDS
 from lmlab.data.tokenizers import byte_tokenizer
+from lmlab.inference.config import SamplingConfig
 from lmlab.interop.huggingface import save_pretrained
 from lmlab.interop.tokenizer_files import TokenizerFiles
 from lmlab.models.transformer import transformer
@@ -22,7 +24,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_the_python_examples_run_as_they_stand(capsys):
-    one_device, mesh, _ = EXAMPLES
+    one_device, mesh = EXAMPLES[:2]
     names: dict[str, object] = {}
     exec(compile(one_device, "README.md", "exec"), names)
     losses = [float(line) for line in capsys.readouterr().out.splitlines()]
@@ -31,6 +33,9 @@ def test_the_python_examples_run_as_they_stand(capsys):
     exec(compile(mesh, "README.md", "exec"), names)
     assert 4 < float(names["metrics"]["loss"]) < 8
     assert dict(names["mesh"].shape) == {"data": 4, "fsdp": 2, "context": 1, "tensor": 1}
+    names["SamplingConfig"] = partial(SamplingConfig, max_new_tokens=6)
+    exec(compile(next(text for text in EXAMPLES if "multi_token_lm" in text), "README.md", "exec"), names)
+    assert 3 <= names["drawn"].passes <= 6
 
 
 def test_the_example_of_a_real_model_runs_on_a_tiny_one(tmp_path, monkeypatch, capsys):

@@ -17,19 +17,29 @@ from lmlab.inference.config import SamplingConfig
 from lmlab.inference.draw import draw_tokens
 from lmlab.inference.engine import read_prompts
 from lmlab.inference.sample import check_prompts
-from lmlab.inference.speculative import Drafting, Speculated, append, begin, finish, keep, probabilities
+from lmlab.inference.speculative import (
+    Drafting,
+    Speculated,
+    Verify,
+    append,
+    begin,
+    finish,
+    probabilities,
+    round_keys,
+    verified,
+)
 from lmlab.models.lm import MultiTokenLM
 
 
 def self_speculate(
     model: MultiTokenLM, params: Params, prompts: Sequence[np.ndarray], key: Key, config: SamplingConfig, *,
-    ahead: int | None = None, end_ids: tuple[int, ...] = (),
+    ahead: int | None = None, verify: Verify = "token", end_ids: tuple[int, ...] = (),
 ) -> Speculated:  # fmt: skip
     """Samples as `sample` draws them from head 1, though not the same ones unless greedy; all prompts at once.
 
     ahead: tokens that are drafted between two passes, by as many of the further heads; all of them if None. Every pass
-    reads ahead + 1 tokens a row and keeps 1 to ahead + 1. Stop texts and repetition_penalty are not looked at. Raises
-    `UserError` as `sample`.
+    reads ahead + 1 tokens a row and keeps 1 to ahead + 1. verify: see `Verify`; the draft is one block, not a tree.
+    Stop texts and repetition_penalty are not looked at. Raises `UserError` as `sample`.
     """
     ahead = model.heads - 1 if ahead is None else ahead
     check(0 <= ahead < model.heads, "ahead", ahead, f"0 to {model.heads - 1}: the model has {model.heads} heads")
@@ -41,34 +51,28 @@ def self_speculate(
     cache = model.whole.take_rows(cache, jnp.arange(len(prompts)))
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(prompts)))
     static = replace(config, max_new_tokens=1, stop=())
-    state = _run(model, params, keys_B, replace(state, cache=cache), static, end_ids, ahead)
+    state = _run(model, params, keys_B, replace(state, cache=cache), static, end_ids, ahead, verify)
     return finish(prompts, state)
 
 
-@partial(jax.jit, static_argnums=(0, 4, 5, 6))
+@partial(jax.jit, static_argnums=(0, 4, 5, 6, 7))
 def _run(
     model: MultiTokenLM, params: Params, keys_B: Key, state: Drafting, config: SamplingConfig,
-    end_ids: tuple[int, ...], ahead: int,
+    end_ids: tuple[int, ...], ahead: int, verify: Verify,
 ) -> Drafting:  # fmt: skip
     """Read, keep and draft until all rows are done."""
     rows = jnp.arange(len(keys_B))
 
     def one_round(state: Drafting) -> Drafting:
         drafted_BK, draft_BKV = state.draft
-        # A row has never been as long before, so no key serves twice.
-        draft_keys_B, keep_keys_B = jax.vmap(lambda key, i: jax.random.split(jax.random.fold_in(key, i)), out_axes=1)(
-            keys_B, state.length_B
-        )
+        draft_keys_B, keep_keys_B = round_keys(keys_B, state.length_B)
         last_B = state.tokens_BS[rows, state.length_B - 1]
         read_BJ = jnp.concatenate([last_B[:, None], drafted_BK], axis=1)
         reading = model.read(params, read_BJ, cache=state.cache)
         hidden_BJD, reading = model.head(params, 1, reading, read_BJ)
         logits_BJV = model.lm.logits(params, hidden_BJD)
-        count_B, next_B = keep(keep_keys_B, drafted_BK, draft_BKV, probabilities(logits_BJV, config))
-        places_J = jnp.arange(ahead + 1)[None]
-        new_BJ = jnp.where(places_J == count_B[:, None], next_B[:, None], jnp.pad(drafted_BK, ((0, 0), (0, 1))))
+        count_B, new_BJ, logprobs_BJ = verified(keep_keys_B, drafted_BK, draft_BKV, logits_BJV, config, verify)
         draft, cache = _draft(model, params, reading, new_BJ, count_B, draft_keys_B, config, ahead)
-        logprobs_BJ = jnp.take_along_axis(jax.nn.log_softmax(logits_BJV), new_BJ[..., None], axis=2)[..., 0]
         state = append(state, new_BJ, logprobs_BJ, count_B, end_ids)
         # The last token is read in the next round, with the draft that follows it.
         return replace(state, cache=model.whole.rewind(cache, state.length_B - 1), draft=draft)

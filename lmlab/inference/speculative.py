@@ -5,7 +5,7 @@ keeps of it what leaves its own distribution exact.
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,10 @@ from lmlab.inference.engine import bucket, read_prompts
 from lmlab.inference.filters import filter_logits
 from lmlab.inference.sample import Sample, check_prompts
 from lmlab.models.lm import LM
+
+Verify = Literal["token", "block"]
+"""Whether drafted tokens are kept one after another (arXiv 2211.17192), or as many as can be of the whole draft (block
+verification, arXiv 2403.10444). Both leave the distribution as it is; greedy, they are the same."""
 
 
 class Model(NamedTuple):
@@ -58,13 +62,13 @@ class Drafting:
 
 def speculate(
     target: Model, draft: Model, prompts: Sequence[np.ndarray], key: Key, config: SamplingConfig, *,
-    ahead: int = 4, end_ids: tuple[int, ...] = (),
+    ahead: int = 4, verify: Verify = "token", end_ids: tuple[int, ...] = (),
 ) -> Speculated:  # fmt: skip
     """Samples as `sample` draws them from the target, though not the same ones; all prompts at once.
 
-    ahead: K, tokens that are drafted between two passes of the target. Stop texts are not looked at; the shorter of the
-    two contexts limits what is drawn. Raises `UserError` as `sample`, where the two do not have the same vocabulary,
-    and for a repetition_penalty.
+    ahead: K, tokens that are drafted between two passes of the target. verify: see `Verify`. Stop texts are not looked
+    at; the shorter of the two contexts limits what is drawn. Raises `UserError` as `sample`, where the two do not have
+    the same vocabulary, and for a repetition_penalty.
     """
     check(target.lm.vocab_size == draft.lm.vocab_size, "draft", f"a vocabulary of {draft.lm.vocab_size}",
           f"that of the target, {target.lm.vocab_size}", "Both need the same tokenizer.")  # fmt: skip
@@ -83,7 +87,7 @@ def speculate(
     state = replace(rows, cache=read(target), draft=read(draft))
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(prompts)))
     static = replace(config, max_new_tokens=1, stop=())
-    state = _run(target.lm, draft.lm, (target.params, draft.params), keys_B, state, static, end_ids, ahead)
+    state = _run(target.lm, draft.lm, (target.params, draft.params), keys_B, state, static, end_ids, ahead, verify)
     return finish(prompts, state)
 
 
@@ -147,19 +151,74 @@ def keep(keys_B: Key, drafted_BK: Array, draft_BKV: Array, target_BJV: Array) ->
     return count_B, draw_tokens(keys_B, jnp.log(next_BV))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 5, 6, 7))
+def block_acceptance(drafted_BK: Array, draft_BKV: Array, target_BJV: Array) -> tuple[Array, Array]:
+    """Block verification (arXiv 2403.10444, algorithm 2): as exact as `keep`, and keeps more on average.
+
+    Returns the probability [B, K] that at least i tokens are kept, given that no more than i can be; and [B, J, V] what
+    the next token is drawn from after each number of them, not normalised.
+    """
+    ratio_BK = jnp.take_along_axis(
+        target_BJV[:, :-1] / jnp.where(draft_BKV > 0, draft_BKV, 1), drafted_BK[..., None], 2
+    )
+    weight_BJ = [jnp.ones(len(drafted_BK))]
+    for i in range(drafted_BK.shape[1]):
+        weight_BJ.append(jnp.minimum(weight_BJ[-1] * ratio_BK[:, i, 0], 1))
+    weight_BJ1 = jnp.stack(weight_BJ, axis=1)[..., None]
+    none_B1V = jnp.zeros_like(target_BJV[:, :1])
+    rest_BJV = jnp.maximum(weight_BJ1 * target_BJV - jnp.concatenate([draft_BKV, none_B1V], axis=1), 0)
+    total_BJ1 = jnp.sum(rest_BJV, axis=2, keepdims=True)
+    # After the whole draft the rest is the target times the weight, which makes this the weight.
+    over_BJ1 = total_BJ1 + 1 - weight_BJ1
+    chance_BJ1 = total_BJ1 / jnp.where(over_BJ1 > 0, over_BJ1, 1)
+    # Where both are equal nothing is left over: then more is kept than this, always.
+    return chance_BJ1[:, 1:, 0], jnp.where(total_BJ1 > 0, rest_BJV, target_BJV)
+
+
+def keep_block(keys_B: Key, drafted_BK: Array, draft_BKV: Array, target_BJV: Array) -> tuple[Array, Array]:
+    """As `keep`, by block verification."""
+    ahead = drafted_BK.shape[1]
+    chance_BK, rest_BJV = block_acceptance(drafted_BK, draft_BKV, target_BJV)
+    uniform_BK = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), (ahead,)))(keys_B)
+    count_B = jnp.max(jnp.where(uniform_BK < chance_BK, jnp.arange(1, ahead + 1), 0), axis=1, initial=0)
+    next_BV = jnp.take_along_axis(rest_BJV, count_B[:, None, None], axis=1)[:, 0]
+    keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, 1)
+    return count_B, draw_tokens(keys_B, jnp.log(next_BV))
+
+
+def round_keys(keys_B: Key, length_B: Array) -> tuple[Key, Key]:
+    """Keys of each row to draft and to keep with. A row has never been as long before, so none serves twice."""
+    drafting, keeping = jax.vmap(lambda key, i: jax.random.split(jax.random.fold_in(key, i)), out_axes=1)(
+        keys_B, length_B
+    )
+    return drafting, keeping
+
+
+def verified(
+    keys_B: Key, drafted_BK: Array, draft_BKV: Array, logits_BJV: Array, config: SamplingConfig, verify: Verify
+) -> tuple[Array, Array, Array]:
+    """How many drafted tokens are kept, [B]; those with the token that follows them, and log-probabilities, [B, J].
+
+    What lies beyond the first `count` + 1 means nothing. logits: of the target at the token before the draft and at
+    each of the K = J - 1 drafted.
+    """
+    decide = keep_block if verify == "block" else keep
+    count_B, next_B = decide(keys_B, drafted_BK, draft_BKV, probabilities(logits_BJV, config))
+    follows_BJ = jnp.arange(logits_BJV.shape[1])[None] == count_B[:, None]
+    new_BJ = jnp.where(follows_BJ, next_B[:, None], jnp.pad(drafted_BK, ((0, 0), (0, 1))))
+    logprobs_BJ = jnp.take_along_axis(jax.nn.log_softmax(logits_BJV), new_BJ[..., None], axis=2)[..., 0]
+    return count_B, new_BJ, logprobs_BJ
+
+
+@partial(jax.jit, static_argnums=(0, 1, 5, 6, 7, 8))
 def _run(
     lm: LM, draft_lm: LM, params: tuple[Params, Params], keys_B: Key, state: Drafting, config: SamplingConfig,
-    end_ids: tuple[int, ...], ahead: int,
+    end_ids: tuple[int, ...], ahead: int, verify: Verify,
 ) -> Drafting:  # fmt: skip
     """Draft, read and keep until all rows are done."""
     rows = jnp.arange(len(keys_B))
 
     def one_round(state: Drafting) -> Drafting:
-        # A row has never been as long before, so no key serves twice.
-        draft_keys_B, keep_keys_B = jax.vmap(lambda key, i: jax.random.split(jax.random.fold_in(key, i)), out_axes=1)(
-            keys_B, state.length_B
-        )
+        draft_keys_B, keep_keys_B = round_keys(keys_B, state.length_B)
         last_B = state.tokens_BS[rows, state.length_B - 1]
         draft_cache, drafted_BK, draft_BKV = _draft(
             draft_lm, params[1], state.draft, last_B, draft_keys_B, config, ahead
@@ -167,10 +226,7 @@ def _run(
         read_BJ = jnp.concatenate([last_B[:, None], drafted_BK], axis=1)
         hidden_BJD, cache = lm.apply(params[0], read_BJ, cache=state.cache)
         logits_BJV = lm.logits(params[0], hidden_BJD)
-        count_B, next_B = keep(keep_keys_B, drafted_BK, draft_BKV, probabilities(logits_BJV, config))
-        places_J = jnp.arange(ahead + 1)[None]
-        new_BJ = jnp.where(places_J == count_B[:, None], next_B[:, None], jnp.pad(drafted_BK, ((0, 0), (0, 1))))
-        logprobs_BJ = jnp.take_along_axis(jax.nn.log_softmax(logits_BJV), new_BJ[..., None], axis=2)[..., 0]
+        count_B, new_BJ, logprobs_BJ = verified(keep_keys_B, drafted_BK, draft_BKV, logits_BJV, config, verify)
         state = append(state, new_BJ, logprobs_BJ, count_B, end_ids)
         # The last token is read in the next round, with the draft that follows it.
         back = state.length_B - 1

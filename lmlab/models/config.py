@@ -266,10 +266,15 @@ class TokenFormerConfig(DecoderConfig):
         return qkv + counts.proj * (heads + self.width) + counts.ffn * 2 * self.width
 
     def part(self, devices: int) -> Self:
-        """What one of so many devices along the tensor axis computes of it, as a model."""
+        """What one of so many devices along the tensor axis computes of it, as a model.
+
+        Parameter tokens are divided, heads are not: a device makes a summand of every head. Attention between tokens,
+        which is divided by heads, is counted whole.
+        """
         counts = self.counts
         share = ParameterTokens(counts.qkv // devices, counts.proj // devices, counts.ffn // devices)
-        return replace(super().part(devices), parameter_tokens=share, reference=self.references)
+        vocab_size = self.vocab_size // devices
+        return replace(self, vocab_size=vocab_size, parameter_tokens=share, reference=self.references)
 
 
 ModelConfig: TypeAlias = TransformerConfig | TokenFormerConfig

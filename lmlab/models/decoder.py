@@ -88,7 +88,7 @@ class Decoder(nn.Module):
 
 def _layers(config: DecoderConfig, block: Block) -> Any:
     """One module that scans over the layers, or a module for each."""
-    block = _remat(block, config.execution)
+    block = rematerialised(block, config.execution)
     if not config.execution.stacked:
         return [block(config) for _ in range(config.layers)]
     return nn.scan(
@@ -102,7 +102,8 @@ def _layers(config: DecoderConfig, block: Block) -> Any:
     )(config)
 
 
-def _remat(block: Block, execution: ExecutionConfig) -> Block:
+def rematerialised(block: Block, execution: ExecutionConfig) -> Block:
+    """The layer as one whose activations are computed again in the backward pass, as `execution.remat` says."""
     if execution.remat == "none":
         return block
     policies = {"dots": jax.checkpoint_policies.save_only_these_names(PROJECTION), "full": None}
@@ -131,11 +132,11 @@ def decoder_lm(config: DecoderConfig, block: Block) -> LM:
         mask: AttentionMask | None = None, cache: KVCache | None = None,
     ) -> tuple[Array, KVCache | None]:  # fmt: skip
         batch, length = inputs.shape[:2]
-        _check_length(config, length)
+        check_length(config, length)
         if positions_BT is None:
             start = jnp.zeros((batch, 1), jnp.int32) if cache is None else cache.length_B[:, None]
             positions_BT = start + jnp.arange(length, dtype=jnp.int32)[None]
-        default, cache, places_BT = _seen(config, cache, positions_BT, segments_BT)
+        default, cache, places_BT = enter_tokens(config, cache, positions_BT, segments_BT)
         return run(params, inputs, positions_BT, mask or default, cache, places_BT)
 
     def head(params: Params) -> Params:
@@ -147,7 +148,7 @@ def decoder_lm(config: DecoderConfig, block: Block) -> LM:
         return config.logit_scale * project(hidden, table_VD.T, TABLE[::-1], 1, jnp.float32)
 
     def init_cache(batch: int, length: int) -> KVCache:
-        _check_length(config, length)
+        check_length(config, length)
         dtype = jnp.dtype(config.execution.compute_dtype)
         return caches.empty_cache(
             config.layers, batch, length, config.kv_heads, config.head_dim, dtype, config.execution.stacked
@@ -156,7 +157,7 @@ def decoder_lm(config: DecoderConfig, block: Block) -> LM:
     def for_decoding(params: Params) -> tuple[LM, Params]:
         if not config.execution.stacked or platform() != "cpu":
             return lm, params
-        return _apart(config, block), _lay_apart(params, config.layers)  # type: ignore[arg-type]  # a class is hashable
+        return _apart(config, block), lay_apart(params, config.layers)  # type: ignore[arg-type]  # a class is hashable
 
     names = nn.get_partition_spec(jax.eval_shape(boxed, jax.random.key(0)))
     lm = LM(
@@ -170,7 +171,7 @@ def decoder_lm(config: DecoderConfig, block: Block) -> LM:
     return lm
 
 
-def _seen(
+def enter_tokens(
     config: DecoderConfig, cache: KVCache | None, positions_BT: Array, segments_BT: Array | None
 ) -> tuple[AttentionMask, KVCache | None, Array | None]:  # fmt: skip
     """The causal mask; with a cache over all that it holds, the cache with the tokens entered, and their places."""
@@ -191,14 +192,15 @@ def _apart(config: DecoderConfig, block: Block) -> LM:
 
 
 @partial(jax.jit, static_argnums=1)
-def _lay_apart(params: Params, layers: int) -> Params:
+def lay_apart(params: Params, layers: int) -> Params:
     """The parameters with those of each layer apart."""
     rest = {name: leaf for name, leaf in params.items() if name != "layers"}
     layer = lambda i: jax.tree.map(lambda x: x[i], params["layers"])
     return rest | {f"layers_{i}": layer(i) for i in range(layers)}
 
 
-def _check_length(config: DecoderConfig, length: int) -> None:
+def check_length(config: DecoderConfig, length: int) -> None:
+    """Raise `UserError` where there are fewer learned positions than a row is long."""
     check(config.positions != "learned" or length <= config.max_length, "sequence length", length,
           f"at most model.max_length = {config.max_length}, the number of learned positions",
           "Shorten the sequence (data.length) or raise model.max_length.")  # fmt: skip

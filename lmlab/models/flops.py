@@ -1,6 +1,7 @@
 """Floating-point operations by count, not by compiler: XLA counts the body of a scan once."""
 
 from lmlab.models.config import DecoderConfig
+from lmlab.models.heads_config import MultiTokenConfig, of_depth
 
 
 def training_flops_per_token(config: DecoderConfig, length: int) -> float:
@@ -14,3 +15,14 @@ def training_flops_per_token(config: DecoderConfig, length: int) -> float:
         seen = min(seen, config.attention.window)
     scores = 2 * config.attention.heads * config.head_dim * seen
     return 6 * (config.layers * (config.layer_weights + scores) + config.vocab_size * config.width)
+
+
+def further_heads_flops_per_token(config: MultiTokenConfig, length: int) -> float:
+    """What the heads beyond the first add to `training_flops_per_token(config.model, length)`.
+
+    An unembedding each; heads that are layers are among those of the model already.
+    """
+    model = config.model
+    layer = training_flops_per_token(of_depth(model, 1), length) - 6 * model.vocab_size * model.width
+    own = {"parallel": 0.0, "causal": 0.0, "linear": 6 * model.width**2, "sequential": layer + 12 * model.width**2}
+    return (config.heads - 1) * (own[config.chain] + 6 * model.vocab_size * model.width)

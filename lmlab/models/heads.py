@@ -20,8 +20,8 @@ from lmlab.models import tokenformer, transformer
 from lmlab.models.build import language_model
 from lmlab.models.cache import KVCache
 from lmlab.models.config import DecoderConfig, ModelConfig, TokenFormerConfig
-from lmlab.models.decoder import Block, Carry, Decoder, _check_length, _lay_apart, _remat, _seen
-from lmlab.models.heads_config import MultiTokenConfig
+from lmlab.models.decoder import Block, Carry, Decoder, check_length, enter_tokens, lay_apart, rematerialised
+from lmlab.models.heads_config import MultiTokenConfig, of_depth
 from lmlab.models.layers import Linear, Norm
 from lmlab.models.lm import LM, Axes, MultiTokenLM, Reading
 from lmlab.models.rotary import rotary_table
@@ -96,7 +96,7 @@ def _block(config: DecoderConfig) -> Block:
 
 
 def _apart_block(config: DecoderConfig) -> Block:
-    return _remat(_block(config), replace(config.execution, stacked=False))
+    return rematerialised(_block(config), replace(config.execution, stacked=False))
 
 
 def head_name(number: int) -> str:
@@ -110,7 +110,7 @@ def drop_heads(params: Params) -> Params:
 
 
 def add_heads(config: MultiTokenConfig, params: Params, key: Key) -> Params:
-    """Further heads for a decoder of `config.depth` layers that was trained without.
+    """Further heads for a decoder, `config.first`, that was trained without. Pure: may be traced.
 
     Heads that are layers begin as copies of its last one, the others fresh. Inverse of `drop_heads`.
     """
@@ -129,15 +129,9 @@ def _layer(config: MultiTokenConfig, params: Params, number: int) -> Params:
     return params[f"layers_{number}"]
 
 
-def _of_depth(config: ModelConfig, depth: int) -> ModelConfig:
-    """The first layers of a model as a model."""
-    skipped = tuple(layer for layer in config.rotary.skipped_layers if layer < depth)
-    return replace(config, layers=depth, rotary=replace(config.rotary, skipped_layers=skipped))
-
-
 def multi_token_lm(config: MultiTokenConfig) -> MultiTokenLM:
     """The record of a model with `config.heads` heads. Raises `UserError` if the vocabulary is not known yet."""
-    model, depth = _of_depth(config.model, config.depth), config.depth
+    model, depth = config.first, config.depth
     base = language_model(model)
     read, head = _read(config, model), _head(config, model, base)
     numbers = range(2, config.heads + 1)
@@ -152,7 +146,7 @@ def multi_token_lm(config: MultiTokenConfig) -> MultiTokenLM:
         return first_BTD, reading.cache
 
     def init_cache(batch: int, length: int) -> KVCache:
-        _check_length(model, length)
+        check_length(model, length)
         dtype = jnp.dtype(model.execution.compute_dtype)
         layers = depth + (0 if config.chain == "linear" else config.heads - 1)
         return caches.empty_cache(
@@ -162,7 +156,7 @@ def multi_token_lm(config: MultiTokenConfig) -> MultiTokenLM:
     def for_decoding(params: Params) -> tuple[MultiTokenLM, Params]:
         if base.for_decoding(params)[0] is base:
             return made, params
-        return _apart(config), _lay_apart(params, depth)
+        return _apart(config), lay_apart(params, depth)
 
     init, axes = _init(config, model, base)
     lm = replace(
@@ -202,17 +196,17 @@ def _init(config: MultiTokenConfig, model: ModelConfig, base: LM) -> tuple[Calla
 def _read(config: MultiTokenConfig, model: ModelConfig) -> Callable[..., Reading]:
     """See `lmlab.models.lm.Read`."""
     layers = config.depth - (1 if config.own_layers else 0)
-    trunk = Trunk(_of_depth(model, layers), _block(model))
+    trunk = Trunk(of_depth(model, layers), _block(model))
 
     def read(
         params: Params, inputs: Array, *, positions_BT: Array | None = None, segments_BT: Array | None = None,
         mask: AttentionMask | None = None, cache: KVCache | None = None,
     ) -> Reading:  # fmt: skip
-        _check_length(model, inputs.shape[1])
+        check_length(model, inputs.shape[1])
         if positions_BT is None:
             start = jnp.zeros((len(inputs), 1), jnp.int32) if cache is None else cache.length_B[:, None]
             positions_BT = start + jnp.arange(inputs.shape[1], dtype=jnp.int32)[None]
-        default, cache, places_BT = _seen(model, cache, positions_BT, segments_BT)
+        default, cache, places_BT = enter_tokens(model, cache, positions_BT, segments_BT)
         mask = mask or default
         if model.execution.stacked:
             params = {**params, "layers": jax.tree.map(lambda x: x[:layers], params["layers"])}

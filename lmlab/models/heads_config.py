@@ -1,10 +1,21 @@
 """Shape of a model that predicts several tokens at once. Imports no JAX."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lmlab.core.errors import check
 from lmlab.models.config import ModelConfig, TransformerConfig
+
+Chain = Literal["parallel", "causal", "linear", "sequential"]
+"""parallel: a layer for each head on the trunk of L - n; causal: each head's layer on the one before; linear: a matrix
+for each further head on all L layers; sequential: a further layer for each, which also reads the token that the head
+before it predicts (arXiv 2412.19437, section 2.2)."""
+
+
+def of_depth(config: ModelConfig, depth: int) -> ModelConfig:
+    """The first layers of a model as a model."""
+    skipped = tuple(layer for layer in config.rotary.skipped_layers if layer < depth)
+    return replace(config, layers=depth, rotary=replace(config.rotary, skipped_layers=skipped))
 
 
 @dataclass(frozen=True)
@@ -15,10 +26,7 @@ class MultiTokenConfig:
     """L layers, those of all heads included where a head is a layer: n = 1 is exactly this model."""
     heads: int = 4
     """n: head i predicts the i-th next token."""
-    chain: Literal["parallel", "causal", "linear", "sequential"] = "parallel"
-    """parallel: a layer for each head on the trunk of L - n; causal: each head's layer on the one before; linear: a
-    matrix for each further head on all L layers; sequential: a further layer for each, which also reads the token that
-    the head before it predicts (arXiv 2412.19437, section 2.2)."""
+    chain: Chain = "parallel"
 
     def __post_init__(self) -> None:
         """Check that a trunk is left."""
@@ -35,3 +43,8 @@ class MultiTokenConfig:
     def depth(self) -> int:
         """Layers of the first head's language model, its own included."""
         return self.model.layers - self.heads + 1 if self.own_layers else self.model.layers
+
+    @property
+    def first(self) -> ModelConfig:
+        """The language model that the first head is."""
+        return of_depth(self.model, self.depth)

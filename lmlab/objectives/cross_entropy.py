@@ -40,7 +40,7 @@ def chunked_cross_entropy(
     """
 
     def sums_of(head: Params, hidden_BTD: Array, labels_BT: Array, weights_BT: Array) -> TokenSums:
-        zeros = TokenSums(*(jnp.zeros((), jnp.float32),) * 3)
+        zeros = TokenSums(*(jnp.zeros((), _wide(hidden_BTD.dtype)),) * 3)
 
         def body(sums: TokenSums, part: tuple[Array, Array, Array]) -> tuple[TokenSums, None]:
             hidden, labels, weights = part
@@ -61,14 +61,19 @@ def _chunks(hidden_BTD: Array, labels_BT: Array, weights_BT: Array, chunk: int) 
         x = jnp.pad(x, [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
 
-    return cut(hidden_BTD), cut(labels_BT), cut(weights_BT.astype(jnp.float32))
+    return cut(hidden_BTD), cut(labels_BT), cut(weights_BT.astype(_wide(hidden_BTD.dtype)))
+
+
+def _wide(dtype: jnp.dtype) -> jnp.dtype:
+    """The type that is added up in: float32, or float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _chunk_sums(
     logits_BCV: Array, z_loss: float, labels_BC: Array, weights_BC: Array
 ) -> tuple[TokenSums, tuple[Array, ...]]:
     """Sums over one chunk, and what its gradient is made of."""
-    logits_BCV = logits_BCV.astype(jnp.float32)
+    logits_BCV = logits_BCV.astype(weights_BC.dtype)
     top_BC1 = jnp.max(logits_BCV, axis=-1, keepdims=True)
     exp_BCV = jnp.exp(logits_BCV - top_BC1)
     total_BC1 = jnp.sum(exp_BCV, axis=-1, keepdims=True)
@@ -100,14 +105,14 @@ def _forward(
         slope = weights[..., None] * (exp * ((1 + 2 * z_loss * log_z)[..., None] / total) - is_label)
         slope = jnp.where(weights[..., None] != 0, slope, 0)
         head_slope, hidden_slope = pullback(slope.astype(out.dtype))
-        head_grad = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), head_grad, head_slope)
+        head_grad = jax.tree.map(lambda a, b: a + b.astype(a.dtype), head_grad, head_slope)
         return (jax.tree.map(jnp.add, sums, new), head_grad), hidden_slope
 
     def pass_over(
         head: Params, hidden_BTD: Array, labels_BT: Array, weights_BT: Array
     ) -> tuple[tuple[TokenSums, Params], Array]:
-        zeros = TokenSums(*(jnp.zeros((), jnp.float32),) * 3)
-        start = (zeros, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head))
+        zeros = TokenSums(*(jnp.zeros((), _wide(hidden_BTD.dtype)),) * 3)
+        start = (zeros, jax.tree.map(lambda x: jnp.zeros(x.shape, _wide(x.dtype)), head))
         parts = _chunks(hidden_BTD, labels_BT, weights_BT, chunk)
         summed, slopes = jax.lax.scan(partial(body, head=head), start, parts)
         batch, length, width = hidden_BTD.shape

@@ -16,7 +16,7 @@ from lmlab.plan.compiled import compile_apart, found_compiler
 from lmlab.plan.memory import mesh_for, predict, table_of_shardings
 from lmlab.plan.speed import speed
 from lmlab.plan.table import advice, collective_lines, memory_lines, sharding_lines, speed_lines
-from lmlab.recipe import Pretrain
+from lmlab.recipe import MultiToken, Pretrain
 from lmlab.train.config import ParallelConfig
 from lmlab.train.device import chip_named
 from lmlab.training import build_lm
@@ -58,6 +58,8 @@ def with_known_vocabulary(config: Pretrain) -> Pretrain:
 
 def ready(config: Pretrain, shape: Mapping[str, int]) -> Pretrain:
     """The recipe for that mesh, with its vocabulary; layers in a scan, so that compiling does not grow with depth."""
+    check(not isinstance(config, MultiToken), "recipe", "MultiToken", "a model of one head",
+          "What further heads need is not foreseen: plan the same model in a recipe Pretrain.")  # fmt: skip
     config = with_known_vocabulary(config)
     execution = replace(config.model.execution, unroll=1)
     sizes: dict[str, Any] = dict(shape)

@@ -125,13 +125,22 @@ def restore(checkpoints: Checkpoints, state: State) -> State | None:
     return _newest_intact(checkpoints, read)
 
 
-def restore_params(checkpoints: Checkpoints, params: Params) -> tuple[int, Params] | None:
-    """Step and parameters of the newest intact checkpoint, whatever optimiser made it."""
+def restore_params(
+    checkpoints: Checkpoints, params: Params, unread: Params | None = None
+) -> tuple[int, Params] | None:  # fmt: skip
+    """Step and parameters of the newest intact checkpoint, whatever optimiser made it.
+
+    unread: shapes of what stands beside them, and is left there.
+    """
+    beside = unread or {}
+    places = ocp.checkpoint_utils.construct_restore_args(params)
+    like = ocp.args.PyTreeRestore(params, restore_args=places, partial_restore=True)
 
     def read(step: int, meta: Mapping[str, Any]) -> tuple[int, Params]:
-        _check_shapes(checkpoints.folder, _under(meta["shapes"], "params/"), shapes({"params": params}))
-        restored = _read(checkpoints, step, params=ocp.args.StandardRestore(params))["params"]
-        _verify({"params": restored}, _under(meta["digests"], "params/"))
+        _check_shapes(checkpoints.folder, _under(meta["shapes"], "params/"), shapes({"params": {**params, **beside}}))
+        restored = _read(checkpoints, step, params=like)["params"]
+        known = shapes({"params": params})
+        _verify({"params": restored}, {name: meta["digests"][name] for name in known})
         return step, restored
 
     return _newest_intact(checkpoints, read)

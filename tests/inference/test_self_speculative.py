@@ -88,6 +88,23 @@ def test_samples_follow_the_distribution_of_head_1(chain, filters):
     assert 0 < drawn.accepted < 1
 
 
+def test_blocks_follow_the_distribution_too_and_keep_more():
+    model, params = made(heads=3, layers=4)
+    rows, config = 8192, SamplingConfig(max_new_tokens=3)
+    prompts = [ids(1, 0)] * rows
+    block, token = (self_speculate(model, params, prompts, KEY, config, verify=how) for how in ("block", "token"))
+    found = np.bincount([int(one.tokens @ np.asarray([9, 3, 1])) for one in block.samples], minlength=27)
+    whole = jnp.concatenate([jnp.tile(jnp.asarray([[1, 0]], jnp.int32), (27, 1)), all_sequences(3, 3)], axis=1)
+    expected = rows * np.exp(np.asarray(sequence_logprobs(model.lm, params, whole, 2), np.float64))
+    assert np.sum((found - expected) ** 2 / expected) < 60
+    assert block.accepted > token.accepted
+    blocks, tokens = (
+        [one.tokens.tolist() for one in self_speculate(model, params, PROMPTS, KEY, GREEDY, verify=how).samples]
+        for how in ("block", "token")
+    )
+    assert blocks == tokens
+
+
 def test_a_round_gives_the_sequences_of_head_1_exactly():
     # Every draft of two tokens by heads 2 and 3, every way that it can be cut, whatever head 1 says after it.
     model, params = made(heads=3, layers=4)

@@ -12,7 +12,7 @@ from scripted import END, counting_lm
 from lmlab.core.errors import UserError
 from lmlab.inference.config import SamplingConfig
 from lmlab.inference.sample import sample
-from lmlab.inference.speculative import Model, acceptance, residual, speculate
+from lmlab.inference.speculative import Model, acceptance, block_acceptance, keep_block, residual, speculate
 from lmlab.testing.tiny import all_sequences, lively, sequence_logprobs, tiny_lm
 
 KEY = jax.random.key(11)
@@ -147,3 +147,49 @@ def test_what_cannot_draft_is_refused():
         speculate(TARGET, Model(counting_lm(), {}), [ids(1)], KEY, SamplingConfig())
     with pytest.raises(UserError, match="ahead"):
         speculate(TARGET, DRAFT, [ids(1)], KEY, SamplingConfig(), ahead=0)
+
+
+def test_block_verification_gives_the_target_exactly_and_keeps_more():
+    # Every draft of two letters of three, every number of them kept, whatever the target says after that.
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    table = lambda *shape: np.asarray(jax.nn.softmax(2 * jax.random.normal(next(keys), shape)), np.float64)
+    target, draft = [table(3), table(3, 3), table(3, 3, 3)], [table(3), table(3, 3)]
+    found, joint = np.zeros((3, 3, 3)), target[0][:, None, None] * target[1][:, :, None] * target[2]
+    kept = {"block": 0.0, "token": 0.0}
+    for a, b in itertools.product(range(3), repeat=2):
+        drafted = draft[0][a] * draft[1][a, b]
+        q = np.stack([draft[0], draft[1][a]])
+        p = np.stack([target[0], target[1][a], target[2][a, b]])
+        chance, rest = block_acceptance(jnp.asarray([[a, b]]), jnp.asarray(q)[None], jnp.asarray(p)[None])
+        chance, rest = np.asarray(chance[0], np.float64), np.asarray(rest[0] / rest[0].sum(-1, keepdims=True))
+        two, one = chance[1], (1 - chance[1]) * chance[0]
+        found[a, b] += drafted * two * rest[2]
+        found[a] += drafted * one * rest[1][:, None] * target[2][a]
+        found += drafted * (1 - two - one) * rest[0][:, None, None] * target[1][:, :, None] * target[2]
+        first, second = (float(acceptance(jnp.asarray(p[i]), jnp.asarray(q[i]))[x]) for i, x in enumerate((a, b)))
+        kept["block"] += drafted * (2 * two + one)
+        kept["token"] += drafted * first * (1 + second)
+    np.testing.assert_allclose(found, joint, atol=1e-6)
+    assert kept["block"] > kept["token"] + 1e-3
+
+
+def test_block_verification_follows_its_probabilities():
+    p = jax.nn.softmax(jax.random.normal(jax.random.key(1), (1, 3, 3)))
+    q = jax.nn.softmax(jax.random.normal(jax.random.key(2), (1, 2, 3)))
+    drafted, rows = jnp.asarray([[2, 0]]), 20_000
+    chance, rest = (np.asarray(x[0], np.float64) for x in block_acceptance(drafted, q, p))
+    wide = lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:]))
+    count, token = keep_block(jax.random.split(jax.random.key(3), rows), wide(drafted), wide(q), wide(p))
+    kept = [(1 - chance[0]) * (1 - chance[1]), chance[0] * (1 - chance[1]), chance[1]]
+    expected = rows * np.asarray(kept)[:, None] * rest / rest.sum(axis=1, keepdims=True)
+    counted = np.bincount(3 * np.asarray(count) + np.asarray(token), minlength=9).reshape(3, 3)
+    some = expected > 0
+    assert not counted[~some].any()
+    # Chi-square of 8 degrees of freedom exceeds 30 once in 5000 times.
+    assert np.sum((counted - expected)[some] ** 2 / expected[some]) < 30
+
+
+def test_equal_models_keep_every_block():
+    p = jax.nn.softmax(jax.random.normal(jax.random.key(1), (1, 3, 3)))
+    chance, _ = block_acceptance(jnp.asarray([[2, 0]]), p[:, :2], p)
+    assert float(chance[0, 1]) == pytest.approx(1)

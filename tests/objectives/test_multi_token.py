@@ -15,8 +15,7 @@ from lmlab.models.heads import drop_heads, multi_token_lm
 from lmlab.models.heads_config import MultiTokenConfig
 from lmlab.models.lm import MultiTokenLM
 from lmlab.objectives.config import MultiTokenLossConfig
-from lmlab.objectives.cross_entropy import heads_cross_entropy
-from lmlab.objectives.multi_token import multi_token
+from lmlab.objectives.multi_token import ahead, multi_token
 from lmlab.objectives.next_token import next_token
 from lmlab.testing.tiny import VOCAB, all_sequences, lively, random_batch, sequence_logprobs, tiny_config, tiny_lm
 from lmlab.train.state import new_state
@@ -38,45 +37,6 @@ BATCH = random_batch(length=12)
 def loss(objective, params, batch=BATCH, **scales):
     terms = objective(params, batch, KEY)
     return total_loss(replace(terms, scales=terms.scales | scales), {k: r.weight for k, r in terms.losses.items()})
-
-
-def unembed(head, hidden):
-    return jnp.einsum("...d,vd->...v", hidden, head["w"], preferred_element_type=jnp.float32)
-
-
-def arrays(dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(0), 4)
-    head = {"w": jax.random.normal(keys[0], (11, 5), dtype)}
-    hidden_BMTD = jax.random.normal(keys[1], (3, 2, 7, 5), dtype)
-    labels_BMT = jax.random.randint(keys[2], (3, 2, 7), 0, 11)
-    weights_BMT = jax.random.uniform(keys[3], (3, 2, 7)) * (jnp.arange(7) != 2)[None, None]
-    return head, hidden_BMTD, labels_BMT, weights_BMT
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 7, 50])
-def test_loss_and_gradients_equal_those_of_all_logits_under_optax(chunk):
-    head, hidden, labels, weights = arrays()
-    factors_M = jnp.asarray([0.3, -2.0])
-
-    def ours(head, hidden):
-        return jnp.sum(factors_M * heads_cross_entropy(unembed, head, hidden, labels, weights, 0.0, chunk).loss)
-
-    def theirs(head, hidden):
-        nll = optax.softmax_cross_entropy_with_integer_labels(unembed(head, hidden), labels)
-        return jnp.sum(factors_M[None, :, None] * weights * nll)
-
-    one, two = (jax.value_and_grad(f, argnums=(0, 1))(head, hidden) for f in (ours, theirs))
-    chex.assert_trees_all_close(one, two, rtol=1e-5, atol=1e-5)
-
-
-def test_gradients_are_added_up_in_float32_and_come_back_in_their_types():
-    head, hidden, labels, weights = arrays(jnp.bfloat16)
-    f = lambda head, hidden: jnp.sum(heads_cross_entropy(unembed, head, hidden, labels, weights, 0.0, 2).loss)
-    slopes = jax.grad(f, argnums=(0, 1))(head, hidden)
-    chex.assert_trees_all_equal_dtypes(slopes, (head, hidden))
-    wide = jax.grad(f, argnums=(0, 1))(*jax.tree.map(lambda x: x.astype(jnp.float32), (head, hidden)))
-    error = jnp.max(jnp.abs(slopes[0]["w"] - wide[0]["w"])) / jnp.max(jnp.abs(wide[0]["w"]))
-    assert float(error) < 2**-7
 
 
 @pytest.mark.parametrize("chain", CHAINS)
@@ -147,6 +107,17 @@ def test_heads_of_weight_zero_leave_the_gradient_of_the_language_model():
     wanted = jax.jit(jax.grad(lambda p: loss(next_token(alone), p, batch)))(drop_heads(PARAMS))
     chex.assert_trees_all_close(drop_heads(slopes), wanted, rtol=1e-4, atol=1e-6)
     assert all(not jnp.any(x) for name in ("head_2", "head_3") for x in jax.tree.leaves(slopes[name]))
+
+
+def test_labels_are_the_tokens_ahead_and_nothing_comes_round():
+    batch = whole_rows(jnp.arange(2 * 9).reshape(2, 9))
+    labels_BMT, weights_BMT = ahead(batch, 3)
+    for i in (1, 2, 3):
+        chex.assert_trees_all_equal(labels_BMT[:, i - 1], batch.tokens_BT[:, :6] + i)
+    assert jnp.all(weights_BMT == 1)
+    # In a row whose last tokens are padding no head has a label there.
+    short = batch.replace(segments_BT=batch.segments_BT * (jnp.arange(9) < 5)[None])
+    assert ahead(short, 3)[1].sum(axis=2).tolist() == [[4, 3, 2]] * 2
 
 
 @pytest.mark.parametrize("chain", CHAINS)
