@@ -191,9 +191,9 @@ RUDE = [
     ("fewer tokens", ("parameter_tokens.qkv = 4", "at least 8"), (*GROW, "--model.parameter-tokens.qkv", "4")),
     ("a tau of the recipe's own", ("model.reference", "--tau"), (*GROW, "--model.reference.qkv", "9")),
     ("another rule's state", ("one of the same rule",), (*GROW, "--optim.rule", "lion", "--optimizer", "extend")),
-    ("the source as the target", ("source was None, now 'runs/small'",), (*GROW, "--out", "runs/small")),
+    ("the source as the target", ("now 'lmlab.recipe:Grown'", "--out"), (*GROW, "--out", "runs/small")),
     ("the folder of another growth", ("tau was 'keep'",), (*GROW, "--tau", "follow", "--out", "runs/large")),
-    ("another run than growth", ("source was 'runs/small', now None",), ("run", "large.py")),
+    ("another run than growth", ("was 'lmlab.recipe:Grown'", "--out"), ("run", "large.py")),
 ]  # fmt: skip
 
 
