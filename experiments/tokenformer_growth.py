@@ -1,4 +1,4 @@
-"""Growing a TokenFormer beside training the large one from nothing (arXiv 2410.23168, section 4.3).
+"""Growing a TokenFormer beside training the large one from nothing (arXiv 2410.23168).
 
     python -m experiments.tokenformer_growth [--smoke] [--out FOLDER]
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from lmlab.core.errors import UserError, check
+from lmlab.core.errors import check
 from lmlab.inference.config import SamplingConfig
 from lmlab.models.config import GrowthConfig
 from lmlab.recipe import Grown, Pretrain, load_recipe
@@ -261,47 +261,21 @@ def plan(args: Plan) -> int:
     return 0
 
 
-def shardings(args: Doctor) -> int:
-    """Print where the parameters of a recipe lie."""
-    import os
-
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    from lmlab.plan.command import shardings
-
-    print(shardings(load_recipe(args.config)[1], args.mesh))
-    return 0
-
-
 def doctor(args: Doctor) -> int:
     """Print versions and devices, and try a matmul on each device; or, of a recipe, the table of shardings."""
+    check(bool(args.config) or not args.mesh, "mesh", args.mesh, "a recipe beside it", "Add --config RECIPE.")
     if args.config:
-        return shardings(args)
-    if args.mesh:
-        raise UserError("mesh", args.mesh, "a recipe beside it", "Add --config RECIPE.")
-    import time
+        import os
 
-    import jax
-    import jax.numpy as jnp
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        from lmlab.plan.command import shardings
 
-    from lmlab.core.runtime import cache_folder
-    from lmlab.report.environment import describe_environment
-    from lmlab.train.device import peak_flops
+        print(shardings(load_recipe(args.config)[1], args.mesh))
+        return 0
+    from lmlab.doctor import findings
 
-    for name, value in describe_environment().items():
-        print(f"{name:20s} {value}")
-    print(f"{'cache':20s} {cache_folder()}")
-    for dtype in ("float32", "bfloat16"):
-        x = jnp.ones((1024, 1024), dtype)
-        square = jax.jit(lambda x: x @ x)
-        square(x).block_until_ready()
-        start = time.perf_counter()
-        for _ in range(10):
-            y = square(x)
-        y.block_until_ready()
-        rate = 10 * 2 * 1024**3 / (time.perf_counter() - start)
-        peak = peak_flops(dtype)
-        known = f"of {peak / 1e12:.0f}" if peak else "(peak not known)"
-        print(f"{dtype + ' matmul':20s} {rate / 1e12:.3f} TFLOP/s {known}")
+    for line in findings():
+        print(line)
     return 0
 
 

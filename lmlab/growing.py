@@ -1,4 +1,4 @@
-"""Growing: pre-training of a TokenFormer that begins as a smaller trained one (arXiv 2410.23168, section 4.3)."""
+"""Growing: pre-training of a TokenFormer that begins as a smaller trained one (arXiv 2410.23168)."""
 
 from dataclasses import replace
 from functools import partial

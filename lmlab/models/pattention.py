@@ -1,4 +1,4 @@
-"""Attention of tokens to parameters: the Pattention of TokenFormer (arXiv 2410.23168, section 3.2).
+"""Attention of tokens to parameters: the Pattention of TokenFormer (arXiv 2410.23168, equation 5).
 
 Keys are stored as [D, P] and values as [P, E], as the kernels of two linear maps are. On a mesh both are divided along
 the parameter tokens P, which are never brought together: the norm of a token's scores is a sum of squares over devices.
