@@ -1,4 +1,4 @@
-"""Growing a TokenFormer beside training the large one from nothing (arXiv 2410.23168, section 4.3).
+"""Growing a TokenFormer beside training the large one from nothing (arXiv 2410.23168).
 
     python -m experiments.tokenformer_growth [--smoke] [--out FOLDER]
 
@@ -140,7 +140,7 @@ def held_out_loss(text: Text, config: TokenFormerConfig) -> Callable[[Params], l
 def run(options: Options) -> dict[str, Any]:
     """Train every arm; all that is printed and drawn."""
     if options.smoke:
-        options = replace(options, seeds=2, base=8, grown=4, budgets=(4, 12))
+        options = replace(options, seeds=2, base=8, grown=4, budgets=(4,))
     learn = partial(train, read_text(options), options.peak)
     small = replace(MODEL, parameter_tokens=ParameterTokens(options.tokens))
     counts = replace(MODEL, parameter_tokens=ParameterTokens(options.more)).counts

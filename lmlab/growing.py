@@ -1,9 +1,8 @@
-"""Growing: pre-training of a TokenFormer that begins as a smaller one which is trained (arXiv 2410.23168, section 4.3)."""
+"""Growing: pre-training of a TokenFormer that begins as a smaller trained one (arXiv 2410.23168)."""
 
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import optax
@@ -39,18 +38,20 @@ def _begin(config: Grown, share: Share) -> Pieces:
     """The pieces of pre-training, with the state of the source. What can be refused is, before it is read."""
     source = Path(config.source)
     old = read_config(source)
-    pieces = pretrain_pieces(replace(config, model=_large(config, old.model)), share)
+    small = _tokenformer(config.source, old.model)
+    config = replace(config, model=_large(small, config))
+    pieces = pretrain_pieces(config, share)
     _check_source(source, pieces)
     lm = build_lm(old)
     tx = build_optimizer(old.optim, lm.axes, old.train.steps, old.train.seed)
     shapes = abstract_state(lm.init, tx)
-    grow = partial(grown_state, small=old.model, config=pieces.config, tx=pieces.tx)
+    grow = partial(grown_state, small=small, config=config, tx=pieces.tx)
     jax.eval_shape(grow, shapes)
+    places = param_shardings(lm.axes, shapes.params, jax.sharding.get_mesh())
 
     def load(shardings: State) -> State:
-        places = param_shardings(lm.axes, shapes.params, jax.sharding.get_mesh())
-        small = all_do(lambda: _newest(source, with_shardings(shapes, state_shardings(shapes, places))))
-        return jax.jit(grow, out_shardings=shardings)(small)
+        state = all_do(lambda: _newest(source, with_shardings(shapes, state_shardings(shapes, places))))
+        return jax.jit(grow, out_shardings=shardings)(state)
 
     return replace(pieces, load=load, origin=f"grown from {source}")
 
@@ -60,27 +61,30 @@ def grown_state(state: State, small: TokenFormerConfig, config: Grown, tx: optax
 
     Raises `UserError` where the state of another optimiser is to be extended.
     """
-    assert isinstance(config.model, TokenFormerConfig)
+    large = _tokenformer("the recipe", config.model)
     key = jax.random.key(config.train.seed)
-    params = grow_params(state.params, small, config.model, key_for(key, "growth"), config.growth)
+    params = grow_params(state.params, small, large, key_for(key, "growth"), config.growth)
     fresh = new_state(cast_parameters(params, config.optim.parameters), tx, key)
     if config.growth.optimizer == "reset":
         return fresh
     return replace(fresh, opt_state=extend_state(state.opt_state, fresh.opt_state))
 
 
-def _large(config: Grown, small: Any) -> TokenFormerConfig:
+def _large(small: TokenFormerConfig, config: Grown) -> TokenFormerConfig:
     """The model that is asked for, with the vocabulary of the small one, and its tau where that is kept."""
-    asked = config.model
-    for where, model in ((config.source, small), ("the recipe", asked)):
-        if not isinstance(model, TokenFormerConfig):
-            raise UserError("model", f"{type(model).__name__} of {where}", "a TokenFormerConfig: only those grow")
+    asked = _tokenformer("the recipe", config.model)
     reference = grown_config(small, asked.counts, config.growth).reference
     check(asked.reference in (ParameterTokens(), reference), "model.reference", asked.reference, repr(reference),
           "Growth decides what tau is (--tau): leave it out.")  # fmt: skip
     large = replace(asked, vocab_size=asked.vocab_size or small.vocab_size, reference=reference)
     check_growth(small, large)
     return large
+
+
+def _tokenformer(where: str, model: object) -> TokenFormerConfig:
+    if not isinstance(model, TokenFormerConfig):
+        raise UserError("model", f"{type(model).__name__} of {where}", "a TokenFormerConfig: only those grow")
+    return model
 
 
 def _check_source(source: Path, pieces: Pieces) -> None:

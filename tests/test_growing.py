@@ -1,85 +1,241 @@
-"""A run grows into a larger run: it begins with the same numbers, trains on, and is refused where it cannot be."""
+"""A run grows into a larger one by the command line: same loss, any mesh, goes on; what cannot grow is refused."""
 
 import json
+import shutil
+import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny_run import contents, one_line, rows
 
+import lmlab.training
 from lmlab.cli import main
 from lmlab.core.errors import UserError
-from lmlab.data.config import DataConfig, Files
-from lmlab.growing import grow_run, grow_state
+from lmlab.growing import grown_state
 from lmlab.loading import export
-from lmlab.models.config import AttentionConfig, GrowthConfig, ParameterTokens, TokenFormerConfig, TransformerConfig
+from lmlab.models.config import AttentionConfig, GrowthConfig, ParameterTokens, TokenFormerConfig
 from lmlab.models.growth import grown_config
 from lmlab.optim.chain import build_optimizer
-from lmlab.optim.config import OptimConfig
-from lmlab.pretrain import pretrain
-from lmlab.recipe import EvalConfig, Pretrain, load_recipe
+from lmlab.recipe import Grown, Pretrain, load_recipe
 from lmlab.runs import load_run
-from lmlab.train.config import ParallelConfig, TrainConfig
 from lmlab.train.folder import read_config
 from lmlab.train.state import init_state
 from lmlab.training import build_lm
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-SMALL = TokenFormerConfig(
-    layers=2, width=16, max_length=32, attention=AttentionConfig(heads=2), parameter_tokens=ParameterTokens(8)
-)
-LARGE = replace(SMALL, parameter_tokens=ParameterTokens(12, 8, 40))
+RECIPE = """
+from lmlab.data.config import DataConfig, Files, TokenizerFile, TrainedBPE
+from lmlab.models.config import AttentionConfig, ParameterTokens, TokenFormerConfig, TransformerConfig
+from lmlab.recipe import EvalConfig, Pretrain
+from lmlab.train.config import ParallelConfig, TrainConfig
+
+def recipe():
+    shape = dict(layers=2, width=16, max_length=32, attention=AttentionConfig(heads=2))
+    return Pretrain(
+        model=MODEL,
+        data=DataConfig(
+            sources={"text": Files("CORPUS.jsonl", heldout_percent=20)}, tokenizer=TrainedBPE(260), length=16,
+            batch_size=8,
+        ),
+        train=TrainConfig(steps=4, log_every=1, eval_every=2, sample_every=2, checkpoint_every=2),
+        parallel=ParallelConfig(data=1),
+        eval=EvalConfig(batches=0, prompts=("ab",), baselines=False),
+    )
+"""
+MODELS = {
+    "small": "TokenFormerConfig(parameter_tokens=ParameterTokens(8), **shape)",
+    "large": "TokenFormerConfig(parameter_tokens=ParameterTokens(12, 8, 40), **shape)",
+    "dense": "TransformerConfig(**shape)",
+}
+GROW = ["grow", "runs/small", "--to", "large.py", "--out", "out"]
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A run of the small model, and its recipe."""
+def trained(tmp_path_factory) -> Path:
+    """A folder of recipes, with a run of the small model and one that has grown out of it."""
     folder = tmp_path_factory.mktemp("growing")
-    texts = [f"document {i} " * (i % 5 + 3) for i in range(40)]
-    (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    recipe = Pretrain(
-        model=SMALL,
-        data=DataConfig(
-            sources={"text": Files(str(folder / "corpus.jsonl"), heldout_percent=20)}, length=16, batch_size=4,
-            cache_dir=str(folder / "cache"),
-        ),
-        optim=OptimConfig(),
-        train=TrainConfig(steps=4, log_every=1, eval_every=4, sample_every=0, checkpoint_every=2),
-        parallel=ParallelConfig(data=1),
-        eval=EvalConfig(batches=1, prompts=(), baselines=False),
-    )  # fmt: skip
-    pretrain(recipe, folder / "small")
-    return folder / "small", recipe
+    for name, model in MODELS.items():
+        (folder / f"{name}.py").write_text(RECIPE.replace("MODEL", model).replace("CORPUS", "corpus"))
+    large = (folder / "large.py").read_text()
+    (folder / "other_text.py").write_text(large.replace("corpus", "other"))
+    named = large.replace("corpus", "other").replace("TrainedBPE(260)", "TokenizerFile('runs/small/tokenizer.json')")
+    (folder / "same_tokens.py").write_text(named)
+    for name, word in (("corpus", "document"), ("other", "something else")):
+        texts = [f"{word} {i} " * (i % 5 + 3) for i in range(40)]
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["run", "small.py"]) == 0
+        assert main(["grow", "runs/small", "--to", "large.py"]) == 0
+    return folder
 
 
-def logits(folder):
-    run = load_run(folder)
-    tokens = jnp.arange(12).reshape(2, 6) + 97
-    return run.lm.logits(run.params, run.lm.apply(run.params, tokens)[0])
+@pytest.fixture
+def here(trained, tmp_path, monkeypatch) -> Path:
+    """A copy to work in."""
+    shutil.copytree(trained, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
 
 
-@pytest.mark.parametrize("optimizer", ["reset", "extend"])
-def test_a_grown_run_begins_where_the_small_one_stands_and_trains_on(source, tmp_path, optimizer):
-    small, recipe = source
-    out = tmp_path / "large"
-    config = grow_run(small, replace(recipe, model=LARGE), out, GrowthConfig(optimizer=optimizer))
-    assert config == read_config(out)
-    assert config.model.references == SMALL.counts
-    chex.assert_trees_all_close(logits(out), logits(small), atol=1e-6)
-    outcome = pretrain(config, out)
-    assert outcome.step == 4
-    assert not jnp.allclose(logits(out), logits(small), atol=1e-3)
+def held_out(run: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in rows(run, "eval")}
 
 
-def test_moments_are_extended_or_new(source):
-    recipe = replace(source[1], model=replace(SMALL, vocab_size=9))
-    large = replace(recipe, model=grown_config(recipe.model, LARGE.parameter_tokens, GrowthConfig()))
+def test_the_loss_at_growth_is_that_of_the_small_run_and_falls(trained):
+    small, large = held_out(trained / "runs/small"), held_out(trained / "runs/large")
+    assert (list(small), list(large)) == ([2, 4], [0, 2, 4])
+    assert large[0] == pytest.approx(small[4], abs=1e-5)
+    assert large[4] < large[0] - 0.01
+    config = read_config(trained / "runs/large")
+    assert (config.source, config.growth) == ("runs/small", GrowthConfig())
+    assert config.model.counts == ParameterTokens(12, 8, 40)
+    assert config.model.references == ParameterTokens(8, 8, 32)
+    assert (trained / "runs/large/report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (("--values", "zeros", "--optimizer", "extend"), True),
+        (("--keys", "normal", "--tau", "follow"), False),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_ways_to_grow(words, kept, here, capsys):
+    before = contents(here / "runs/small")
+    assert main([*GROW, *words]) == 0
+    assert "grown from runs/small" in capsys.readouterr().out
+    losses = held_out(here / "out")
+    assert (abs(losses[0] - held_out(here / "runs/small")[4]) < 1e-5) == kept
+    assert losses[4] < losses[0]
+    assert contents(here / "runs/small") == before
+
+
+def test_a_chain_of_growths_and_fields_of_the_recipe_as_options(here):
+    # Along the feed-forward alone, then everywhere.
+    ffn = ["--model.parameter-tokens.qkv", "8", "--model.parameter-tokens.ffn", "36", "--out", "medium"]
+    assert main(["grow", "runs/small", "--to", "large.py", *ffn]) == 0
+    assert main(["grow", "medium", "--to", "large.py", "--train.steps", "2", "--out", "large"]) == 0
+    losses = [held_out(here / name) for name in ("runs/small", "medium", "large")]
+    assert losses[1][0] == pytest.approx(losses[0][4], abs=1e-5)
+    assert losses[2][0] == pytest.approx(losses[1][4], abs=1e-5)
+    assert list(losses[2]) == [0, 2]
+    counts = [read_config(here / name).model.counts for name in ("medium", "large")]
+    assert counts == [ParameterTokens(8, 8, 36), ParameterTokens(12, 8, 40)]
+    assert read_config(here / "large").model.references == ParameterTokens(8, 8, 32)
+
+
+def test_interrupted_and_run_again_is_the_run_that_nobody_touched(here, trained, monkeypatch, capsys):
+    draw = lmlab.training.draw_samples
+
+    def draw_then_stop(pieces, folder, say, step, params):
+        draw(pieces, folder, say, step, params)
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lmlab.training, "draw_samples", draw_then_stop)
+        assert main(GROW) == 128 + signal.SIGTERM
+    assert main(GROW) == 0
+    assert "resuming at step 3" in capsys.readouterr().out
+    assert rows(here / "out", "train", "eval") == rows(trained / "runs/large", "train", "eval")
+    chex.assert_trees_all_equal(load_run(here / "out").params, load_run(trained / "runs/large").params)
+
+
+def test_killed_before_its_first_checkpoint_a_run_begins_anew(here, trained):
+    half = here / "runs/large"
+    shutil.rmtree(half / "checkpoints")
+    (half / "report.html").unlink()
+    assert main(["grow", "runs/small", "--to", "large.py"]) == 0
+    assert rows(half, "train", "eval") == rows(trained / "runs/large", "train", "eval")
+
+
+def test_a_mesh_changes_no_number(here):
+    words = [*GROW, "--train.steps", "2", "--optimizer", "extend", "--out"]
+    assert main([*words, "alone"]) == 0
+    assert main([*words, "mesh", "--parallel.data", "2", "--parallel.fsdp", "2", "--parallel.tensor", "2"]) == 0
+    assert held_out(here / "mesh") == pytest.approx(held_out(here / "alone"), rel=1e-4)
+
+
+def test_master_weights_in_float32_grow(here):
+    half = ["--train.steps", "2", "--optim.parameters", "bfloat16_master"]
+    assert main(["run", "small.py", *half, "--out", "half"]) == 0
+    assert main(["grow", "half", "--to", "large.py", *half, "--optimizer", "extend", "--out", "out"]) == 0
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(load_run(here / "out").params)} == {"bfloat16"}
+    assert held_out(here / "out")[0] == pytest.approx(held_out(here / "half")[2], abs=1e-5)
+
+
+def test_other_text_is_read_with_the_tokens_of_the_source(here, capsys):
+    words = ["grow", "runs/small", "--out", "out", "--to"]
+    assert main([*words, "other_text.py"]) == 2
+    assert "that of runs/small" in one_line(capsys)
+    assert main([*words, "same_tokens.py"]) == 0
+    chex.assert_trees_all_equal(*(load_run(here / name).text.tokenizer.token_bytes_V for name in ("out", "runs/small")))
+
+
+RUDE = [
+    ("no such run", ("run folder = 'nowhere'", "config.json"), ("grow", "nowhere", "--to", "large.py")),
+    ("no such recipe", ("recipe = 'absent.py'",), (*GROW, "--to", "absent.py")),
+    ("a run that has saved nothing", ("runs/empty", "checkpoint"), ("grow", "runs/empty", "--to", "large.py")),
+    ("a recipe of something else", ("TransformerConfig of the recipe", "only those"), (*GROW, "--to", "dense.py")),
+    ("a run of something else", ("TransformerConfig of runs/dense",), ("grow", "runs/dense", "--to", "large.py")),
+    ("another vocabulary", ("model.vocab_size = 300", "260"), (*GROW, "--model.vocab-size", "300")),
+    ("another width", ("model.width = 32: expected 16",), (*GROW, "--model.width", "32")),
+    ("more layers", ("model.layers = 3: expected 2",), (*GROW, "--model.layers", "3")),
+    ("fewer tokens", ("parameter_tokens.qkv = 4", "at least 8"), (*GROW, "--model.parameter-tokens.qkv", "4")),
+    ("a tau of the recipe's own", ("model.reference", "--tau"), (*GROW, "--model.reference.qkv", "9")),
+    ("another rule's state", ("one of the same rule",), (*GROW, "--optim.rule", "lion", "--optimizer", "extend")),
+    ("the source as the target", ("now 'lmlab.recipe:Grown'", "--out"), (*GROW, "--out", "runs/small")),
+    ("the folder of another growth", ("tau was 'keep'",), (*GROW, "--tau", "follow", "--out", "runs/large")),
+    ("another run than growth", ("was 'lmlab.recipe:Grown'", "--out"), ("run", "large.py")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "said", "words"), RUDE, ids=[case[0] for case in RUDE])
+def test_rude_input_gets_one_line_and_loses_nothing(name, said, words, here, capsys):
+    shutil.copytree("runs/small", "runs/empty")
+    shutil.rmtree("runs/empty/checkpoints")
+    dense = json.dumps(json.loads(Path("runs/small/config.json").read_text()) | {"model": {
+        "class": "lmlab.models.config:TransformerConfig", "vocab_size": 260}})  # fmt: skip
+    Path("runs/dense").mkdir()
+    Path("runs/dense/config.json").write_text(dense)
+    before = contents(Path())
+    assert main(list(words)) == 2
+    line = one_line(capsys)
+    assert [part for part in said if part not in line] == [], line
+    assert contents(Path()) == before
+
+
+@pytest.mark.parametrize(("words", "missing"), [(["runs/small"], "--to"), (["--to", "large.py"], "STR")])
+def test_what_is_left_out_is_named(words, missing, here, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["grow", *words])
+    assert f"Missing from lmlab grow: {missing}" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_moments_are_extended_or_new():
+    small = TokenFormerConfig(
+        vocab_size=9, layers=2, width=16, attention=AttentionConfig(heads=2), parameter_tokens=ParameterTokens(8)
+    )
+    recipe = Pretrain(model=small)
     lm = build_lm(recipe)
     state = init_state(lm.init, build_optimizer(recipe.optim, lm.axes, 4), 0)
     state = replace(state, step=state.step + 3, opt_state=jax.tree.map(jnp.ones_like, state.opt_state))
-    new, extended = (grow_state(state, recipe.model, large, GrowthConfig(optimizer=how)) for how in ("reset", "extend"))
+
+    def grown(optimizer):
+        growth = GrowthConfig(optimizer=optimizer)
+        model = grown_config(small, ParameterTokens(12, 8, 40), growth)
+        config = Grown(model=model, source="", growth=growth)
+        tx = build_optimizer(recipe.optim, build_lm(config).axes, 4)
+        return jax.jit(partial(grown_state, small=small, config=config, tx=tx))(state)
+
+    new, extended = grown("reset"), grown("extend")
     assert int(new.step) == int(extended.step) == 0
     chex.assert_trees_all_equal(new.params, extended.params)
     moments = lambda state: state.opt_state[1].mu["layers"]["ffn"]["values"]
@@ -88,36 +244,23 @@ def test_moments_are_extended_or_new(source):
     assert not moments(extended)[:, 32:].any()
 
 
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (replace(LARGE, width=32), "model.width = 32: expected 16, as in the model that grows"),
-        (replace(LARGE, parameter_tokens=ParameterTokens(4)), r"model.parameter_tokens.qkv = 4: expected at least 8"),
-        (TransformerConfig(layers=2, width=16), "TransformerConfig of the recipe.*only those grow"),
-    ],
-)
-def test_what_cannot_grow_is_named_and_nothing_is_written(source, tmp_path, model, message):
-    small, recipe = source
-    with pytest.raises(UserError, match=message):
-        grow_run(small, replace(recipe, model=model), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_a_grown_run_is_a_model_as_any_other(here, capsys):
+    assert main(["generate", "runs/large", "--prompt", "ab", "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.startswith("ab")
+    assert main(["eval", "runs/large"]) == 0
+    assert main(["report", "runs/large"]) == 0
 
 
-def test_a_folder_that_holds_a_run_is_left_alone(source):
-    small, recipe = source
-    with pytest.raises(UserError, match="one that holds no run"):
-        grow_run(small, replace(recipe, model=LARGE), small)
-
-
-def test_no_family_of_transformers_has_it(source, tmp_path):
+def test_no_family_of_transformers_has_it(here):
     with pytest.raises(UserError, match=r"expected a transformer\. No family"):
-        export(source[0], tmp_path / "out")
+        export(Path("runs/large"), Path("exported"))
 
 
-def test_its_fields_are_options_of_the_command_line(capsys):
+def test_fields_of_the_recipe_are_options(capsys):
     with pytest.raises(SystemExit):
-        main(["run", str(CONFIGS / "tokenformer_large.py"), "--help"])
+        main(["grow", "run", "--to", str(CONFIGS / "tokenformer_large.py"), "--help"])
     said = capsys.readouterr().out
     assert "--model.parameter-tokens.qkv" in said
+    assert "--keys" in said
     assert "--model.mlp" not in said
     assert load_recipe(str(CONFIGS / "tokenformer_large.py"))[1].model.counts == ParameterTokens(576, 576, 2304)

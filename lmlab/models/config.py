@@ -283,8 +283,8 @@ ModelConfig: TypeAlias = TransformerConfig | TokenFormerConfig
 
 @dataclass(frozen=True)
 class GrowthConfig:
-    """How parameter tokens are added to a trained model (arXiv 2410.23168, section 3.4). The defaults keep its function
-    exactly, whatever the new values are. Keys and values of zero both keep it, too, and never learn.
+    """How parameter tokens are added to a trained model (arXiv 2410.23168). The defaults keep its function exactly,
+    whatever the new values are. Keys and values of zero both keep it, too, and never learn.
     """
 
     keys: Literal["zeros", "normal"] = "zeros"

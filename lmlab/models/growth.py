@@ -1,4 +1,4 @@
-"""Growing a TokenFormer: parameter tokens are added to a trained one (arXiv 2410.23168, section 3.4).
+"""Growing a TokenFormer: parameter tokens are added to a trained one (arXiv 2410.23168, "Progressive Model Scaling").
 
 With new keys of zero the new scores are zero, the norm of the scores is what it was, and gelu(0) = 0: the function is
 the same for any new values, provided that tau is kept.

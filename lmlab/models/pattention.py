@@ -1,4 +1,4 @@
-"""Attention of tokens to parameters: the Pattention of TokenFormer (arXiv 2410.23168, section 3.2).
+"""Attention of tokens to parameters: the Pattention of TokenFormer (arXiv 2410.23168, equation 5).
 
 Keys are stored as [D, P] and values as [P, E], as the kernels of two linear maps are. On a mesh both are divided along
 the parameter tokens P, which are never brought together: the norm of a token's scores is a sum of squares over devices.
@@ -42,8 +42,7 @@ def attend_to_parameters(
     x_BTD: Array, keys_DP: Array, values_PE: Array, tau: float, config: TokenFormerConfig
 ) -> Array:
     """Pattention [B, T, D] -> [B, T, E] in the type of x; scores and their norm are float32."""
-    scores_BTP = _scores(x_BTD, keys_DP, KEYS)
-    return _mix(score_weights(scores_BTP, tau, config).astype(x_BTD.dtype), values_PE)
+    return _mix(_scores(x_BTD, keys_DP, KEYS), values_PE, tau, config, x_BTD.dtype)
 
 
 def _scores(x_BTD: Array, keys: Array, names: tuple[str, ...]) -> Array:
@@ -51,7 +50,10 @@ def _scores(x_BTD: Array, keys: Array, names: tuple[str, ...]) -> Array:
     return constrain(scores, ("batch", "length", *(name if name == "param_tokens" else None for name in names[1:])))
 
 
-def _mix(weights_BTP: Array, values_PE: Array) -> Array:
+def _mix(scores_BTP: Array, values_PE: Array, tau: float, config: TokenFormerConfig, dtype: Any) -> Array:
+    # Made again from the scores in the backward pass, which would else read five float32 arrays of their size. The
+    # scores have no name by which `ExecutionConfig.remat` could keep them: nothing is as wide.
+    weights_BTP = jax.checkpoint(score_weights, static_argnums=(1, 2))(scores_BTP, tau, config).astype(dtype)
     weights_BTP = constrain(weights_BTP, ("batch", "length", "param_tokens"))
     return checkpoint_name(project(weights_BTP, values_PE, VALUES, 1), PROJECTION)
 
@@ -87,8 +89,7 @@ class QueryKeyValue(nn.Module):
             ("query", "key", "value"), parts, (config.attention.heads, config.kv_heads, config.kv_heads), strict=True
         ):
             values_PE = self.param(f"{name}_values", value_init(config), (tokens, heads * config.head_dim))
-            weights_BTP = score_weights(scores_BT1P[:, :, 0], config.references.qkv**0.5, config)
-            out_BTE = _mix(weights_BTP.astype(x_BTD.dtype), values_PE)
+            out_BTE = _mix(scores_BT1P[:, :, 0], values_PE, config.references.qkv**0.5, config, x_BTD.dtype)
             outputs.append(out_BTE.reshape(*out_BTE.shape[:2], heads, config.head_dim))
         return outputs[0], outputs[1], outputs[2]
 

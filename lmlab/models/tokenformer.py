@@ -13,7 +13,7 @@ from lmlab.models.pattention import Pattention, QueryKeyValue
 
 
 class Block(nn.Module):
-    """One layer (section 3.3)."""
+    """One layer: queries, keys, values, the output and the feed-forward are attention to parameters."""
 
     config: TokenFormerConfig
 

@@ -1,4 +1,4 @@
-"""The sizes of the paper (arXiv 2410.23168, tables 1 and 5, and the authors' configs), over a vocabulary of 50,304."""
+"""The sizes of the paper (arXiv 2410.23168) and of the authors' configs, over a vocabulary of 50,304."""
 
 from lmlab.models.config import AttentionConfig, ParameterTokens, TokenFormerConfig
 
@@ -16,7 +16,7 @@ SIZES: dict[str, TokenFormerConfig] = {
     "pile_450m": _size(24, 1024, 16, 1024, 2048),
     "pile_900m": _size(32, 1280, 16, 1280, 2048),
     "pile_1500m": _size(40, 1536, 16, 1536, 2048),
-    # On OpenWebText, each grown from the one before.
+    # On OpenWebText, each grown from the one before. The last two sizes make the parameters that the paper tells.
     "owt_124m": _size(12, 768, 12, 576, 1024),
     "owt_354m": _size(12, 768, 12, 2140, 1024),
     "owt_757m": _size(12, 768, 12, 4850, 1024),

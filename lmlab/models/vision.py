@@ -1,5 +1,5 @@
 """Images as rows of tokens: a class token and patches, read by any language model of the contract with no mask of time
-(arXiv 2010.11929; of a TokenFormer, arXiv 2410.23168, section 4.2).
+(arXiv 2010.11929; by a TokenFormer: arXiv 2410.23168).
 """
 
 from collections.abc import Callable

@@ -10,7 +10,7 @@ import pytest
 from lmlab.core.errors import UserError
 from lmlab.models.config import GrowthConfig, ParameterTokens
 from lmlab.models.growth import grow_params, grown_config
-from lmlab.models.pattention import attend_to_parameters
+from lmlab.models.pattention import score_weights
 from lmlab.models.tokenformer import tokenformer
 from lmlab.testing.tiny import lively, tiny_tokenformer_config
 
@@ -91,7 +91,7 @@ def test_a_tau_that_follows_scales_what_gelu_is_given(monkeypatch):
     given = []
     monkeypatch.setattr(jax.nn, "gelu", lambda x, approximate: given.append(x) or x)
     for each, tokens in ((layer, SMALL.references.ffn), (params["layers"]["ffn"], config.references.ffn)):
-        attend_to_parameters(x, each["keys"][0], each["values"][0], tokens**0.5, config)
+        score_weights(x @ each["keys"][0], tokens**0.5, config)
     before, after = given
     chex.assert_trees_all_close(after[..., :24], before * (40 / 24) ** 0.5, rtol=1e-5)
     assert not after[..., 24:].any()

@@ -96,7 +96,7 @@ def test_nothing_is_divided_by_zero(normalisation):
 
 
 def test_a_block_is_the_paper_s():
-    # Attention between the same projections by the definition, and the norms and residuals of section 3.3.
+    # Attention between the same projections by the definition, and the norms and residuals around them.
     config = tiny_tokenformer_config(positions="none")
     lm = tokenformer(config)
     params = lively(lm.init(jax.random.key(0)))
