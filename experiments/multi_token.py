@@ -2,8 +2,9 @@
 
     python -m experiments.multi_token [--smoke] [--out FOLDER]
 
-Induction: names of two tokens return in random text; how often does head 1 know the second token, and at which step
-does it pass a quarter? Polynomials: how often is the value of an expression of m operations right, all five
+Induction: names of two tokens return in random text, two in a document; how often does head 1 know the second token? A
+half is had by guessing between the two that are there; for more, a head has to find the one that followed before. At
+which step does each seed pass a quarter, and three quarters? Polynomials: how often is the value of an expression of m operations right, all five
 coefficients? Models of equal size, several seeds at once. Prints medians and quartiles over seeds; writes results.json
 and multi_token.svg.
 """
@@ -45,8 +46,8 @@ from lmlab.optim.config import OptimConfig, ScheduleConfig
 from lmlab.train.state import State, new_state
 from lmlab.train.step import make_step
 
-FORMED = 0.25
-"""Accuracy at which the circuit counts as formed; chance is 1 / 32."""
+MARKS = (0.25, 0.75)
+"""Accuracies whose steps are told: names are copied, and the right one is. Chance is 1 / 32, a guess of two is 0.5."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Options:
     """A few steps, to see that it runs."""
     seeds: int = 5
     """Trainings of each arm, each with parameters and data of its own, the same in all arms."""
-    steps: int = 2400
+    steps: int = 2000
     """Of the induction task."""
     polynomial_steps: int = 900
     """Of the polynomials."""
@@ -192,7 +193,7 @@ def run(options: Options, say: Callable[[str], None] = lambda text: None) -> dic
     }
     tasks = {"induction": (induction(options), options.steps),
              "polynomials": (polynomials(options), options.polynomial_steps)}  # fmt: skip
-    result: dict[str, Any] = {"options": asdict(options), "formed": FORMED}
+    result: dict[str, Any] = {"options": asdict(options), "marks": MARKS}
     for name, (task, steps) in tasks.items():
         result[name] = {}
         for arm, (model, objective) in arms[name].items():
@@ -206,13 +207,11 @@ def run(options: Options, say: Callable[[str], None] = lambda text: None) -> dic
 
 
 def summarised(result: dict[str, Any]) -> dict[str, Any]:
-    """With what the table shows: step at which each seed passed FORMED (None: never), and values at the end."""
+    """With what the table shows: step at which each seed passed each of MARKS (None: never)."""
     for found in result["induction"].values():
         curves = np.asarray(found["second tokens"]).T
-        formed = [
-            next((s for s, v in zip(found["steps"], curve, strict=True) if v >= FORMED), None) for curve in curves
-        ]
-        found["formed at"] = formed
+        first = lambda curve, mark, steps: next((s for s, v in zip(steps, curve, strict=True) if v >= mark), None)
+        found["passed"] = {str(mark): [first(curve, mark, found["steps"]) for curve in curves] for mark in MARKS}
     return result
 
 
@@ -226,14 +225,15 @@ def spread(values: Sequence[float | None]) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """Medians and quartiles over seeds."""
-    lines = [f"{'induction':34s} {'parameters':>10s} {'step past ' + str(FORMED):>26s} {'accuracy at the end':>26s}"]
+    heads = [f"step past {mark}" for mark in MARKS] + ["accuracy at the end"]
+    lines = [f"{'induction':34s} {'parameters':>10s}" + "".join(f" {head:>24s}" for head in heads)]
     for arm, found in result["induction"].items():
-        formed, last = spread(found["formed at"]), spread(found["second tokens"][-1])
-        lines.append(f"{arm:34s} {found['parameters']:10d} {formed:>26s} {last:>26s}")
-    lines.append(f"{'polynomials, exact':34s} {'parameters':>10s} {'m = 1':>26s} {'m = 2':>26s}")
+        cells = [*found["passed"].values(), found["second tokens"][-1]]
+        lines.append(f"{arm:34s} {found['parameters']:10d}" + "".join(f" {spread(cell):>24s}" for cell in cells))
+    lines.append(f"{'polynomials, exact':34s} {'parameters':>10s} {'m = 1':>24s} {'m = 2':>24s}")
     for arm, found in result["polynomials"].items():
         exact = [spread(found[f"m = {m}"][-1]) for m in (1, 2)]
-        lines.append(f"{arm:34s} {found['parameters']:10d} {exact[0]:>26s} {exact[1]:>26s}")
+        lines.append(f"{arm:34s} {found['parameters']:10d} {exact[0]:>24s} {exact[1]:>24s}")
     return "\n".join(lines)
 
 
@@ -253,7 +253,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
             values, color = np.asarray(found["second tokens"]), f"C{number}"
             left.plot(found["steps"], values, color=color, linewidth=0.6, alpha=0.4)
             left.plot(found["steps"], np.median(values, axis=1), color=color, linewidth=2, label=arm)
-        left.axhline(FORMED, color="#666666", linewidth=0.8, linestyle=":")
+        for mark in MARKS:
+            left.axhline(mark, color="#666666", linewidth=0.8, linestyle=":")
         left.set(xlabel="step", ylabel="second tokens of known names, accuracy")
         left.legend(fontsize=8, frameon=False)
         for number, (arm, found) in enumerate(result["polynomials"].items()):

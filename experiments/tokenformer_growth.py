@@ -251,7 +251,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         right.errorbar(budgets, [np.mean(x) for x in losses], [np.std(x, ddof=1) for x in losses], capsize=2,
                        label="large from nothing", color="#666666")  # fmt: skip
         right.axhline(result["saved"]["target loss"], label=f"grown ({PAPER})", color="#0072B2")
-        right.set(xlabel="steps of the large model", xscale="log")
+        right.set(xlabel="steps of the large model", xscale="log", xticks=budgets, xticklabels=budgets)
+        right.minorticks_off()
         right.legend(fontsize=7)
         figure.savefig(path)
 

@@ -24,7 +24,7 @@ def test_the_experiment_runs_and_writes_what_it_found(tmp_path, capsys):
     for found in result["induction"].values():
         assert found["steps"] == [0, 2, 4]
         assert np.shape(found["second tokens"]) == (3, 2)
-        assert len(found["formed at"]) == 2
+        assert [len(found["passed"][mark]) for mark in ("0.25", "0.75")] == [2, 2]
     sizes = {arm: found["parameters"] for arm, found in result["induction"].items()}
     assert sizes["n = 1"] == sizes["n = 2"] < sizes["n = 2, trunk not reduced"]
     assert len({found["parameters"] for found in result["polynomials"].values()}) == 1
@@ -32,10 +32,10 @@ def test_the_experiment_runs_and_writes_what_it_found(tmp_path, capsys):
     assert "polynomials, exact" in capsys.readouterr().out
 
 
-def test_the_step_of_formation_is_the_first_past_the_threshold():
-    found = {"steps": [0, 100, 200], "second tokens": [[0.1, 0.2], [0.3, 0.2], [0.2, 0.24]]}
+def test_a_mark_is_passed_at_the_first_look_past_it():
+    found = {"steps": [0, 100, 200], "second tokens": [[0.1, 0.2], [0.3, 0.2], [0.2, 0.8]]}
     result = experiment.summarised({"induction": {"n = 1": found}})
-    assert result["induction"]["n = 1"]["formed at"] == [100, None]
+    assert result["induction"]["n = 1"]["passed"] == {"0.25": [100, 200], "0.75": [None, 200]}
     assert experiment.spread([100, None, 300, None, None]) == "never (300 to never)"
     assert experiment.spread([0.1, 0.5, 0.3, 0.2, 0.4]) == "0.300 (0.200 to 0.400)"
 
