@@ -4,9 +4,9 @@
 
 Induction: names of two tokens return in random text, two in a document; how often does head 1 know the second token? A
 half is had by guessing between the two that are there; for more, a head has to find the one that followed before. At
-which step does each seed pass a quarter, and three quarters? Polynomials: how often is the value of an expression of m operations right, all five
-coefficients? Models of equal size, several seeds at once. Prints medians and quartiles over seeds; writes results.json
-and multi_token.svg.
+which step does each seed pass a quarter, and three quarters? Polynomials: how often is the value of an expression of m
+operations right, all five coefficients? Models of equal size, several seeds at once. Prints medians and quartiles over
+seeds; writes results.json and multi_token.svg.
 """
 
 import json
