@@ -15,7 +15,7 @@ ALLOWED = {
     "models": {"core"},
     "objectives": {"core", "models.lm"},
     "optim": {"core"},
-    "data": {"core"},
+    "data": {"core", "retrieval"},
     "retrieval": {"core"},
     "inference": {"core", "models.lm"},
     "train": {"core", "optim"},

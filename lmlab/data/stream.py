@@ -52,10 +52,12 @@ def train_stream(
             a source that is absent has the order of the config.
 
     Raises:
-        UserError: `hosts` does not divide the batch.
+        UserError: `hosts` does not divide the batch; the config's order is one that has to be made before.
     """
     share = _host_share(config, host, hosts)
     chosen = orders or {}
+    made = config.order != "in_context" or set(chosen) >= set(caches)
+    check(made, "data.order", config.order, "the orders of all sources", "open_data makes them.")
     corpora = {
         name: _lay_out(config, cache, lookahead, chosen.get(name, _document_order(config, name, cache)))
         for name, cache in caches.items()

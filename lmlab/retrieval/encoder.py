@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lmlab.core.types import Array
-from lmlab.retrieval.config import EncoderConfig, HashTfidf, MiniLM
 
 Encode: TypeAlias = Callable[[Sequence[str]], np.ndarray]
 """`encode(texts) -> float32 [N, D]`: rows of length 1, or 0 for a text in which nothing is found."""
@@ -28,28 +27,16 @@ class Encoder:
     """`fit(batches of all texts) -> encode`; what learns nothing from the corpus does not read them."""
 
 
-def build_encoder(config: EncoderConfig) -> Encoder:
-    """The encoder that a config describes. Raises `UserError`: its weights are not there."""
-    match config:
-        case HashTfidf():
-            from lmlab.retrieval.tfidf import hash_tfidf
-
-            return hash_tfidf(config)
-        case MiniLM():
-            from lmlab.retrieval.bert import minilm
-
-            return minilm(config)
-
-
 def pooled_encoder(
-    hidden: Callable[[Array, Array], Array], tokenise: Callable[[Sequence[str]], list[np.ndarray]], dimensions: int,
-    fingerprint: str, *, length: int = 256, batch: int = 32,
+    hidden: Callable[[Any, Array, Array], Array], params: Any, tokenise: Callable[[Sequence[str]], list[np.ndarray]],
+    dimensions: int, fingerprint: str, *, length: int = 256, batch: int = 32,
 ) -> Encoder:  # fmt: skip
     """The mean of a model's states over the tokens of a text, as a unit vector.
 
     Args:
-        hidden: `hidden(tokens_BT, segments_BT) -> states_BTD`; segments are 1 for a token and 0 for padding. Of an
-            LM: `lambda tokens, segments: lm.apply(params, tokens, segments_BT=segments)[0]`.
+        hidden: `hidden(params, tokens_BT, segments_BT) -> states_BTD`; segments are 1 for a token and 0 for padding.
+            Of an LM: `lambda params, tokens, segments: lm.apply(params, tokens, segments_BT=segments)[0]`.
+        params: of the model.
         tokenise: texts to their ids.
         dimensions: D.
         fingerprint: says which model, parameters and tokenizer these are.
@@ -58,8 +45,8 @@ def pooled_encoder(
     """
 
     @jax.jit
-    def pool(tokens_BT: Array, segments_BT: Array) -> Array:
-        states_BTD = hidden(tokens_BT, segments_BT).astype(jnp.float32)
+    def pool(params: Any, tokens_BT: Array, segments_BT: Array) -> Array:
+        states_BTD = hidden(params, tokens_BT, segments_BT).astype(jnp.float32)
         mean_BD = jnp.sum(states_BTD * segments_BT[:, :, None], axis=1) / jnp.maximum(
             jnp.sum(segments_BT, axis=1, keepdims=True), 1
         )
@@ -77,7 +64,7 @@ def pooled_encoder(
             for row, number in enumerate(chosen):
                 tokens_BT[row, : len(rows[number])] = rows[number]
                 segments_BT[row, : len(rows[number])] = 1
-            vectors_ND[chosen] = np.asarray(pool(tokens_BT, segments_BT))[: len(chosen)]
+            vectors_ND[chosen] = np.asarray(pool(params, tokens_BT, segments_BT))[: len(chosen)]
         return vectors_ND
 
     return Encoder(dimensions, f"mean {fingerprint} {length} {batch}", lambda texts: encode)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,27 @@ from lmlab.core.types import Array
 Search: TypeAlias = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 """`search(queries_QD, own_Q) -> (ids_QK, sims_QK)`: int64 and float32, the nearest first, ties by lower id; the
 vector whose id is the query's own (-1: none) is never found. Fewer than K: id -1 and similarity -inf."""
+
+
+class Rows(Protocol):
+    """Vectors that may lie on disk: an array [N, D], or what reads as one."""
+
+    @property
+    def shape(self) -> Any:
+        """(N, D)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> Any: ...
+
+
 SPARE = 8
 """Candidates kept beyond k until the exact scores are known: matmuls round by the shape of their blocks."""
 _GROUP = 32
 
 
 def exact_search(
-    vectors_ND: np.ndarray, k: int, *, block: int = 16384, devices: Sequence[jax.Device] | None = None,
+    vectors_ND: Rows, k: int, *, block: int = 16384, devices: Sequence[jax.Device] | None = None,
     compute_dtype: str = "float32",
 ) -> Search:  # fmt: skip
     """Search by inner product among all rows; the matrix is divided over the devices of this host.
@@ -29,7 +43,7 @@ def exact_search(
     kept are scored anew in float32 with one fixed order of summation, so that equal vectors tie exactly.
 
     Args:
-        vectors_ND: the corpus; float16 rows of a file are read once.
+        vectors_ND: the corpus, read once.
         k: how many to find.
         block: rows that a device compares at once.
         devices: default: all of this host.
@@ -57,11 +71,11 @@ def exact_search(
     return search
 
 
-def _place(vectors_ND: np.ndarray, share: int, mesh: Mesh) -> Array:
+def _place(vectors_ND: Rows, share: int, mesh: Mesh) -> Array:
     """The rows, padded with zeros to `share` a device, each device given its own part alone."""
     shape = (share * mesh.size, vectors_ND.shape[1])
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         rows = vectors_ND[index[0]]
         return np.pad(np.asarray(rows, np.float32), ((0, share - len(rows)), (0, 0)))
 
