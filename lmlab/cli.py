@@ -8,7 +8,7 @@ from typing import Any
 
 import tyro
 
-from lmlab.commands import COMMANDS, Plan, Report, Run
+from lmlab.commands import COMMANDS, Order, Plan, Report, Run
 from lmlab.core.errors import UserError
 from lmlab.recipe import load_recipe
 
@@ -57,7 +57,7 @@ def _dispatch(words: list[str]) -> int:
         raise UserError("command", words[0], f"one of {', '.join(COMMANDS)}", hint)
     kind, command = COMMANDS[words[0]]
     default = None
-    if kind in (Run, Plan) and len(words) > 1 and not words[1].startswith("-"):
+    if kind in (Run, Order, Plan) and len(words) > 1 and not words[1].startswith("-"):
         default = kind(words[1], config=load_recipe(words[1])[1])
     args = _parse(kind, words, default)
     if kind is not Report:

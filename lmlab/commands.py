@@ -13,10 +13,9 @@ import tyro
 
 from lmlab.core.errors import UserError, check
 from lmlab.inference.config import SamplingConfig
-from lmlab.recipe import Pretrain, load_recipe
+from lmlab.ordering import Order, order
+from lmlab.recipe import RUNS, Pretrain, load_recipe
 from lmlab.train.config import HostsConfig
-
-RUNS = Path("runs")
 
 
 @dataclass(frozen=True)
@@ -280,6 +279,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "eval": (Eval, evaluate),
     "convert": (Convert, convert),
     "report": (Report, report),
+    "order": (Order, order),
     "plan": (Plan, plan),
     "doctor": (Doctor, doctor),
 }

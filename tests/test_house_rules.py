@@ -25,7 +25,8 @@ ALLOWED = {
 }
 """What the modules of a package may import of lmlab besides their own package; all may read the version."""
 FREE = {
-    "cli", "commands", "evaluation", "finetune", "loading", "plan", "pretrain", "recipe", "runs", "talk", "training",
+    "cli", "commands", "evaluation", "finetune", "loading", "ordering", "plan", "pretrain", "recipe", "runs", "talk",
+    "training",
 }  # fmt: skip
 """Modules that put the parts together, and import any of them; nothing but `testing` and they import them."""
 LIGHT = re.compile(r"^lmlab(\.cli|\.commands|\.recipe|\.core\.errors|\.core\.serialize|(\.\w+)*\.config)$")

@@ -178,6 +178,10 @@ class DataConfig:
     any case."""
     in_context: InContextOrder = field(default_factory=InContextOrder)
     """How related documents are found and put in order, where `order` asks for it."""
+    attend: Literal["document", "row"] = "document"
+    """What a token sees of its row: its own document, or all that is before it (In-Context Pretraining)."""
+    positions: Literal["document", "row"] = "document"
+    """Where positions begin anew: at each document, or at each row."""
     seed: int = 0
     """Seed of all orders of data."""
     cache_dir: str = ""

@@ -65,7 +65,9 @@ def exact_search(
 
     def search(queries_QD: np.ndarray, own_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         queries = jnp.asarray(queries_QD, jnp.float32)
-        ids_QK, sims_QK = step(corpus, queries, jnp.asarray(own_Q, jnp.int32))
+        # Whatever mesh the caller has set for its model.
+        with jax.set_mesh(mesh):
+            ids_QK, sims_QK = step(corpus, queries, jnp.asarray(own_Q, jnp.int32))
         return np.asarray(ids_QK).astype(np.int64), np.asarray(sims_QK)
 
     return search

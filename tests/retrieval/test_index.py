@@ -40,6 +40,13 @@ def test_a_query_from_outside_finds_everything_and_bfloat16_is_scored_again():
     np.testing.assert_allclose(sims, np.sum(vectors[ids] * queries[:, None], axis=-1), atol=1e-6)
 
 
+def test_the_mesh_of_a_model_does_not_disturb():
+    vectors = unit_rows(np.random.default_rng(0).standard_normal((20, 4)))
+    found = exact_search(vectors, 3)(vectors, np.arange(20))[0]
+    with jax.set_mesh(jax.make_mesh((2, 4), ("data", "tensor"))):
+        np.testing.assert_array_equal(exact_search(vectors, 3)(vectors, np.arange(20))[0], found)
+
+
 def test_groups_find_what_top_k_finds():
     rng = np.random.default_rng(0)
     values = rng.integers(0, 50, (6, 32 * 40)).astype(np.float32)
