@@ -4,7 +4,6 @@ import numpy as np
 
 from lmlab.data.graph import Graph
 from lmlab.retrieval.encoder import unit_rows
-from lmlab.retrieval.index import exact_search
 
 _ROUNDS = 8
 _ROWS = 4096
@@ -29,13 +28,8 @@ def cluster_order(vectors_ND: np.ndarray, rng: np.random.Generator, clusters: in
 
 
 def _nearest(vectors_ND: np.ndarray, centres_CD: np.ndarray) -> np.ndarray:
-    search = exact_search(centres_CD, 1)
-    rows = min(_ROWS, len(vectors_ND))
-    nearest = np.empty(len(vectors_ND), np.int64)
-    for begin in range(0, len(vectors_ND), rows):
-        first = min(begin, len(vectors_ND) - rows)
-        nearest[first : first + rows] = search(vectors_ND[first : first + rows], np.full(rows, -1))[0][:, 0]
-    return nearest
+    blocks = range(0, len(vectors_ND), _ROWS)
+    return np.concatenate([np.argmax(vectors_ND[i : i + _ROWS] @ centres_CD.T, axis=1) for i in blocks])
 
 
 def neighbour_windows(graph: Graph, sizes_N: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
@@ -44,7 +38,8 @@ def neighbour_windows(graph: Graph, sizes_N: np.ndarray, length: int, rng: np.ra
     The paper's kNN baseline: documents begin rows in a random order, and there are as many rows as the corpus has
     tokens for, so that it trains on the same budget.
     """
-    budget, path = int(np.sum(sizes_N)), []
+    budget = int(np.sum(sizes_N))
+    path: list[int] = []
     for start in rng.permutation(graph.documents).tolist():
         room = min(max(length, 1), budget)
         for here in [start, *graph.neighbours[graph.starts[start] : graph.starts[start + 1]].tolist()]:

@@ -9,7 +9,7 @@ from lmlab.data.tour import Tour
 from lmlab.retrieval.index import exact_search
 
 _BLOCK = 1 << 16
-_NEAREST = 8
+_NEAREST, _FEW = 8, 512
 _ROWS = 2048
 
 
@@ -102,26 +102,34 @@ def link_fragments(links: Links, vectors_ND: np.ndarray) -> Links:
     """Join free ends in rounds; either end of a piece may meet either end of another.
 
     Each round finds the nearest few free ends of every free end, and takes these pairs by falling similarity. Of an
-    end's neighbours at most one is the other end of its own piece, so that every round joins something.
+    end's neighbours at most one is the other end of its own piece, so that every round joins something. When few are
+    left all their pairs are taken, which ends it.
 
     vectors_ND: unit rows of the documents.
     """
     while len(links.pairs) < len(links.degree) - 1:
         ends = np.flatnonzero(links.degree < 2)
-        rows = np.asarray(vectors_ND[ends], np.float32)
-        search = exact_search(rows, min(_NEAREST, len(ends) - 1))
-        low, high, sims = [], [], []
-        for begin in range(0, len(ends), _ROWS):
-            # All blocks have one shape, so that the search is compiled once a round.
-            places = np.arange(begin, begin + min(_ROWS, len(ends)))
-            inside = places < len(ends)
-            ids, found = search(rows[places % len(ends)], places % len(ends))
-            here = np.broadcast_to(places[:, None], ids.shape)
-            fine = (ids >= 0) & inside[:, None]
-            low.append(np.minimum(here, ids)[fine])
-            high.append(np.maximum(here, ids)[fine])
-            sims.append(found[fine])
-        a, b, s = (np.concatenate(part) for part in (low, high, sims))
-        order = np.lexsort((b, a, -s))
-        join(links, ends[a[order]], ends[b[order]])
+        rows_ED = np.asarray(vectors_ND[ends], np.float32)
+        low, high, sims = _all_pairs(rows_ED) if len(ends) <= _FEW else _near_pairs(rows_ED)
+        order = np.lexsort((high, low, -sims))
+        join(links, ends[low[order]], ends[high[order]])
     return links
+
+
+def _all_pairs(rows_ED: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    low, high = np.triu_indices(len(rows_ED), 1)
+    return low, high, (rows_ED @ rows_ED.T)[low, high]
+
+
+def _near_pairs(rows_ED: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    search, count = exact_search(rows_ED, _NEAREST), len(rows_ED)
+    block = min(_ROWS, count)
+    found = []
+    for begin in range(0, count, block):
+        # All blocks have one shape, so that the search is compiled once a round: the last begins earlier.
+        places = np.arange(min(begin, count - block), min(begin + block, count))
+        ids_QK, sims_QK = search(rows_ED[places], places)
+        here_QK = np.broadcast_to(places[:, None], ids_QK.shape)
+        found.append([np.minimum(here_QK, ids_QK), np.maximum(here_QK, ids_QK), sims_QK])
+    low, high, sims = (np.concatenate(part).ravel() for part in zip(*found, strict=True))
+    return low, high, sims

@@ -1,6 +1,7 @@
 """The k nearest of many vectors, exactly: blocks of inner products on every device, candidates gathered, not scores."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
@@ -51,26 +52,45 @@ def exact_search(
     """
     mesh = Mesh(np.asarray(devices or jax.local_devices()), ("corpus",))
     share = -(-len(vectors_ND) // mesh.size)
-    block = min(block, max(share, 1))
-    share = max(-(-share // block), 1) * block
+    blocks = max(-(-share // block), 1)
+    # Blocks of one size with little padding, in whole groups where they are large.
+    block = -(-share // blocks)
+    block += -block % _GROUP if block > _GROUP else 0
+    share = blocks * max(block, 1)
     corpus = _place(vectors_ND, share, mesh)
     kept = min(k + SPARE, share)
-    step = jax.jit(
-        jax.shard_map(
-            partial(_nearest, k=k, kept=kept, block=block, count=len(vectors_ND), dtype=compute_dtype), mesh=mesh,
-            in_specs=(PartitionSpec("corpus"), PartitionSpec(), PartitionSpec()), out_specs=PartitionSpec(),
-            check_vma=False,
-        )
-    )  # fmt: skip
+    shape = _Shape(mesh, k, kept, max(block, 1), compute_dtype)
 
     def search(queries_QD: np.ndarray, own_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        queries = jnp.asarray(queries_QD, jnp.float32)
         # Whatever mesh the caller has set for its model.
         with jax.set_mesh(mesh):
-            ids_QK, sims_QK = step(corpus, queries, jnp.asarray(own_Q, jnp.int32))
+            ids_QK, sims_QK = _search(
+                corpus, np.asarray(queries_QD, np.float32), own_Q.astype(np.int32), np.int32(len(vectors_ND)), shape
+            )
         return np.asarray(ids_QK).astype(np.int64), np.asarray(sims_QK)
 
     return search
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a search is compiled for."""
+
+    mesh: Mesh
+    k: int
+    kept: int
+    block: int
+    dtype: str
+
+
+@partial(jax.jit, static_argnums=4)
+def _search(corpus_ND: Array, queries_QD: Array, own_Q: Array, count: Array, shape: _Shape) -> tuple[Array, Array]:
+    whole, rows = PartitionSpec(), PartitionSpec("corpus")
+    search = jax.shard_map(
+        partial(_nearest, shape=shape), mesh=shape.mesh, in_specs=(rows, whole, whole, whole), out_specs=whole,
+        check_vma=False,
+    )  # fmt: skip
+    return search(corpus_ND, queries_QD, own_Q, count)
 
 
 def _place(vectors_ND: Rows, share: int, mesh: Mesh) -> Array:
@@ -85,14 +105,15 @@ def _place(vectors_ND: Rows, share: int, mesh: Mesh) -> Array:
 
 
 def _nearest(
-    corpus_ND: Array, queries_QD: Array, own_Q: Array, *, k: int, kept: int, block: int, count: int, dtype: str
+    corpus_ND: Array, queries_QD: Array, own_Q: Array, count: Array, shape: _Shape
 ) -> tuple[Array, Array]:  # fmt: skip
     """What one device does with its rows; the result is the same on all."""
+    k, kept, block = shape.k, shape.kept, shape.block
     first = jax.lax.axis_index("corpus") * len(corpus_ND)
-    low = queries_QD.astype(dtype)
+    low = queries_QD.astype(shape.dtype)
 
     def compare(best: tuple[Array, Array], number: Array) -> tuple[tuple[Array, Array], None]:
-        rows_CD = jax.lax.dynamic_slice_in_dim(corpus_ND, number * block, block).astype(dtype)
+        rows_CD = jax.lax.dynamic_slice_in_dim(corpus_ND, number * block, block).astype(shape.dtype)
         sims_QC = jnp.matmul(low, rows_CD.T, preferred_element_type=jnp.float32, precision="highest")
         ids_C = first + number * block + jnp.arange(block, dtype=jnp.int32)
         absent_QC = (ids_C >= count)[None] | (ids_C[None] == own_Q[:, None])

@@ -5,6 +5,7 @@ from itertools import pairwise, permutations
 import numpy as np
 import pytest
 
+from lmlab.data import linking
 from lmlab.data.graph import Graph, build_graph, components, edge_weights, edges
 from lmlab.data.linking import assemble, cut, greedy_edges, link_fragments
 from lmlab.data.path_quality import path_quality, upper_bound
@@ -149,7 +150,10 @@ def test_numbering_anew_numbers_the_path_anew(rule):
         assert len(tour.jumps) == 3
 
 
-def test_linking_leaves_one_path_and_raises_the_similarity():
+@pytest.mark.parametrize("few", [10, 1000])
+def test_linking_leaves_one_path_and_raises_the_similarity(few, monkeypatch):
+    monkeypatch.setattr(linking, "_FEW", few)
+    monkeypatch.setattr(linking, "_ROWS", 50)
     vectors = points(300, 8)
     graph = build_graph(*neighbours(vectors, 4))
     for links in (cut(walk(graph), 300), greedy_edges(graph)):
