@@ -178,6 +178,8 @@ class DataConfig:
     any case."""
     in_context: InContextOrder = field(default_factory=InContextOrder)
     """How related documents are found and put in order, where `order` asks for it."""
+    recut: bool = False
+    """Cut rows at other places in every epoch (packing = concat), so that related documents meet in other rows."""
     attend: Literal["document", "row"] = "document"
     """What a token sees of its row: its own document, or all that is before it (In-Context Pretraining)."""
     positions: Literal["document", "row"] = "document"
@@ -195,6 +197,7 @@ class DataConfig:
         check(self.length >= 1, "data.length", self.length, "at least 1 token")
         check(self.batch_size >= 1, "data.batch_size", self.batch_size, "at least 1 row")
         check(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1 batch")
+        check(not self.recut or self.packing == "concat", "data.recut", self.recut, "False unless packing is concat")
         for name, weight in self.weights.items():
             check(name in self.sources, "data.weights", name, f"names of sources: {', '.join(self.sources)}")
             check(weight > 0, f"data.weights[{name}]", weight, "a positive share")
