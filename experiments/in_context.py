@@ -16,6 +16,7 @@ Prints tables; writes results.json and in_context.svg. Expect about 10 minutes f
 """
 
 import gzip
+import hashlib
 import json
 import math
 import sys
@@ -140,9 +141,8 @@ def pair_encoder(documents_NS: np.ndarray) -> Encoder:
     counts = np.zeros((len(pair), KEYS * VALUES), np.float32)
     np.put_along_axis(counts, pair, 1, axis=1)
     vectors_ND = unit_rows(counts * np.log((1 + len(counts)) / (1 + counts.sum(axis=0, keepdims=True))))
-    return Encoder(KEYS * VALUES, f"pairs {hash(documents_NS.tobytes())}", lambda texts: lambda some: vectors_ND[
-        [int(text) for text in some]
-    ])  # fmt: skip
+    name = f"pairs {hashlib.blake2b(documents_NS.tobytes()).hexdigest()}"
+    return Encoder(KEYS * VALUES, name, lambda texts: lambda some: vectors_ND[[int(text) for text in some]])
 
 
 def topic_streams(options: Options, seed: int) -> tuple[dict[str, Stream], dict[str, float]]:

@@ -6,7 +6,6 @@ hash of what went into it, and goes on where it was when it is killed.
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from lmlab.data.path_quality import path_quality
 from lmlab.data.progress import say
 from lmlab.data.stages import stage
 from lmlab.data.tour import Tour, release, walk
-from lmlab.data.vectors import Corpus, Neighbours, Vectors, encode_corpus, find_neighbours
+from lmlab.data.vectors import Corpus, Neighbours, Vectors, encode_corpus, find_neighbours, text_batches
 from lmlab.retrieval.build import build_encoder
 from lmlab.retrieval.encoder import Encoder, unit_rows
 from lmlab.retrieval.index import merge_pieces
@@ -112,15 +111,10 @@ def _found(
     other = None
     if heldout is not None and config.heldout_threshold <= 1:
         # The held-out texts are seen with the weights and the mean of the training texts.
-        fitted = replace(encoder, fit=lambda texts: encoder.fit(_texts(corpus)), fingerprint=f"{encoder.fingerprint} "
-                         f"fitted to {vectors.key}")  # fmt: skip
+        name = f"{encoder.fingerprint} fitted to {vectors.key}"
+        fitted = replace(encoder, fit=lambda texts: encoder.fit(text_batches(corpus)), fingerprint=name)
         other = replace(encode_corpus(config, heldout, fitted, root), mean_D=vectors.mean_D)
     return vectors, find_neighbours(config, vectors, other, root, corpus.label)
-
-
-def _texts(corpus: Corpus) -> Iterator[list[str]]:
-    for begin in range(0, corpus.count, 1024):
-        yield [corpus.text(i) for i in range(begin, min(begin + 1024, corpus.count))]
 
 
 def _relevant(config: InContextOrder) -> InContextOrder:

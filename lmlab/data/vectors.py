@@ -83,7 +83,7 @@ def encode_corpus(config: InContextOrder, corpus: Corpus, encoder: Encoder, root
         stored_MD = open_array(folder / "embeddings.npy", (rows, encoder.dimensions), np.float16)
         if rows != corpus.count:
             np.save(folder / "document.npy", document_M)
-        encode = encoder.fit(_batches(corpus))
+        encode = encoder.fit(text_batches(corpus))
 
         def fill(begin: int, end: int) -> None:
             pieces = [piece for i in range(begin, end) for piece in _pieces(config, corpus.text(i))]
@@ -132,7 +132,8 @@ def _piece_owners(config: InContextOrder, corpus: Corpus) -> np.ndarray:
     return np.repeat(np.arange(corpus.count), counts)
 
 
-def _batches(corpus: Corpus) -> Iterator[list[str]]:
+def text_batches(corpus: Corpus) -> Iterator[list[str]]:
+    """All texts, some at a time."""
     for begin in range(0, corpus.count, _DOCUMENTS):
         yield [corpus.text(i) for i in range(begin, min(begin + _DOCUMENTS, corpus.count))]
 
