@@ -1,6 +1,7 @@
 """Stages of long preparations: folders that are whole or absent, filled block by block, gone on with after a kill."""
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,17 @@ def stage(
 
 
 def open_array(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
-    """An .npy file to be filled, as it was left or all zeros; shapes are the business of the stage's key."""
+    """An .npy file to be filled, as it was left or all zeros; shapes are the business of the stage's key.
+
+    Its space is taken at once: a disk that is full is then an error here, and not a signal when a page is written.
+    """
     if path.is_file():
         return np.lib.format.open_memmap(path, mode="r+")
     # Aside first, so that a file with this name has its header.
     aside = path.with_suffix(".new")
     np.lib.format.open_memmap(aside, mode="w+", dtype=dtype, shape=shape)
+    with aside.open("r+b") as handle:
+        os.posix_fallocate(handle.fileno(), 0, aside.stat().st_size)
     aside.replace(path)
     return np.lib.format.open_memmap(path, mode="r+")
 

@@ -20,7 +20,7 @@ from lmlab.retrieval.index import Search, exact_search
 _WORD = re.compile(r"\S+\s*")
 _DOCUMENTS = 1024
 """Documents that are encoded together: what is lost when the encoding is killed."""
-_COSINE_PIECES = 4
+_PIECES_OF_OTHERS = 4
 """Neighbours are searched for this many times as many pieces, as some lie in one document."""
 
 
@@ -159,7 +159,7 @@ def find_neighbours(
     heldout: what is near to these is told, so that it can be left out; None: nothing is.
     """
     rows = len(vectors)
-    factor = 1 if vectors.document_M is None else _COSINE_PIECES
+    factor = 1 if vectors.document_M is None else _PIECES_OF_OTHERS
     k = max(min(config.neighbours * factor, rows - 1), 1)
 
     def build(folder: Path) -> None:

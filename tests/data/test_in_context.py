@@ -1,5 +1,6 @@
 """The whole way from texts to rows of related documents: what stays, what goes, what is made again and what is not."""
 
+import errno
 import json
 import os
 import subprocess
@@ -188,6 +189,16 @@ def test_killed_at_any_moment_then_gone_on_with_equals_clean(tmp_path, monkeypat
         assert artefacts(folder) == artefacts(tmp_path / "clean")
         # It went on, and did not begin anew: at most one block, and its notes, are done twice.
         assert left <= whole - moment + 9
+
+
+def test_a_full_disk_is_told_and_nothing_is_left(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match="space"):
+        order_documents(SMALL, corpus(topics(20)), tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
 KILLED = """
