@@ -21,7 +21,7 @@ from lmlab.data.duplicates import alike_pairs, drop_followers, equal_pairs, minh
 from lmlab.data.graph import Graph, build_graph, components, edges
 from lmlab.data.linking import assemble, cut, greedy_edges, link_fragments
 from lmlab.data.path_quality import path_quality
-from lmlab.data.progress import say
+from lmlab.data.progress import advancing, say
 from lmlab.data.stages import stage
 from lmlab.data.tour import Tour, release, walk
 from lmlab.data.vectors import Corpus, Neighbours, Vectors, encode_corpus, find_neighbours, text_batches
@@ -185,13 +185,13 @@ def arrange(config: InContextOrder, corpus: Corpus, related: Related, length: in
                 score = bm25_scorer(lambda i: corpus.text(int(kept[i])))
             sizes = corpus.sizes_N[kept]
             return np.fromiter(buffer_chain(iter(rng.permutation(count)), score, sizes, config.buffer, length), int)
-    path = _tour(config, related).path
+    path = _tour(config, related, corpus.label).path
     if config.duplicates == "prefix_jaccard":
         return np.fromiter(drop_followers(path, lambda i: corpus.text(int(kept[i])), config.threshold), np.int64)
     return path
 
 
-def _tour(config: InContextOrder, related: Related) -> Tour:
+def _tour(config: InContextOrder, related: Related, label: str) -> Tour:
     graph, count = related.graph, len(related.kept)
     if config.tour == "greedy_edges":
         links = greedy_edges(graph)
@@ -202,7 +202,8 @@ def _tour(config: InContextOrder, related: Related) -> Tour:
         ids_NK = related.ids_NK[related.kept]
         tour = release(np.where(ids_NK >= 0, number[ids_NK], -1))
     else:
-        tour = walk(graph, dynamic=config.tour == "dynamic")
+        with advancing(f"tour of {label}", count) as advance:
+            tour = walk(graph, dynamic=config.tour == "dynamic", advance=advance)
     return assemble(link_fragments(cut(tour, count), related.vectors_nD)) if config.link_fragments else tour
 
 

@@ -1,12 +1,14 @@
 """A path through all documents along the edges of their graph (arXiv 2310.10638, algorithm 1, and other rules)."""
 
 import heapq
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from lmlab.data.graph import Graph
+from lmlab.data.progress import Advance
+
+_TOLD = 16384
 
 
 @dataclass(frozen=True)
@@ -19,23 +21,23 @@ class Tour:
     """[J] int64 places of the path where it begins or goes on without an edge, 0 first."""
 
 
-def walk(graph: Graph, *, dynamic: bool = True) -> Tour:
+def walk(graph: Graph, *, dynamic: bool = True, advance: Advance | None = None) -> Tour:
     """The paper's rule: go on to the most similar document that is not visited; where there is none, jump to the
     unvisited document of least degree, which would be the next to lose all its neighbours. Ties: the lower number.
 
     dynamic: degree counts unvisited neighbours only; else all of them. O(E log N): a heap whose old entries are
-    passed over.
+    passed over. advance: is told now and then how many documents are visited.
     """
-    unvisited = np.ones(graph.documents, bool)
-    path, jumps = np.empty(graph.documents, np.int64), []
+    count = graph.documents
+    path, jumps, unvisited = np.empty(count, np.int64), [], np.ones(count, bool)
     degrees = np.diff(graph.starts)
+    # Degree and number are one integer, degree first: cheaper to compare than a pair, and sorted as it stands.
+    heap = np.sort(degrees * count + np.arange(count)).tolist()
     starts, neighbours = graph.starts.tolist(), graph.neighbours
-    next_start = _dynamic(degrees, unvisited) if dynamic else _static(degrees, unvisited)
-    heap = next_start.heap
-    count, here = graph.documents, -1
+    here = -1
     for place in range(count):
         if here < 0:
-            here = next_start.pop()
+            here = _least(heap, degrees, unvisited)
             jumps.append(place)
         path[place] = here
         unvisited[here] = False
@@ -46,33 +48,17 @@ def walk(graph: Graph, *, dynamic: bool = True) -> Tour:
             degrees[free] -= 1
             for key in (degrees[free] * count + free).tolist():
                 heapq.heappush(heap, key)
+        if advance and (place + 1) % _TOLD == 0:
+            advance(place + 1)
     return Tour(path, np.asarray(jumps, np.int64))
 
 
-@dataclass(frozen=True)
-class _Starts:
-    heap: list[int]
-    pop: Callable[[], int]
-
-
-def _dynamic(degrees: np.ndarray, unvisited: np.ndarray) -> _Starts:
-    """Degree and number are one integer, degree first: cheaper to compare than a pair."""
-    count = len(degrees)
-    heap = (degrees * count + np.arange(count)).tolist()
-    heapq.heapify(heap)
-
-    def pop() -> int:
-        while True:
-            degree, here = divmod(heapq.heappop(heap), count)
-            if unvisited[here] and degrees[here] == degree:
-                return here
-
-    return _Starts(heap, pop)
-
-
-def _static(degrees: np.ndarray, unvisited: np.ndarray) -> _Starts:
-    order = iter(np.argsort(degrees, kind="stable").tolist())
-    return _Starts([], lambda: next(here for here in order if unvisited[here]))
+def _least(heap: list[int], degrees: np.ndarray, unvisited: np.ndarray) -> int:
+    """The unvisited document of least degree; takes it off the heap, with the old entries above it."""
+    while True:
+        degree, here = divmod(heapq.heappop(heap), len(degrees))
+        if unvisited[here] and degrees[here] == degree:
+            return here
 
 
 def release(ids_NK: np.ndarray, *, reach: int = 9, longest: int = 21) -> Tour:
