@@ -234,6 +234,8 @@ ARROWS = [
     ("train.step", "from lmlab.optim.groups import x", "def f():\n    from lmlab.data.open import x"),
     ("train.step", "from lmlab import __version__", "from .state import State"),
     ("testing.tiny", "from lmlab.pretrain import x", "from lmlab import cli"),
+    ("data.a", "from lmlab.retrieval.index import x", "from lmlab.models.lm import LM"),
+    ("retrieval.a", "from lmlab.core.types import x", "from lmlab.data.graph import x"),
     ("recipe", "from lmlab.data.config import x", "from . import data"),
     ("newcomer.a", "from lmlab.newcomer.b import x", "from lmlab.core.rng import key_for"),
 ]
