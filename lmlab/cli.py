@@ -9,7 +9,7 @@ from typing import Any
 
 import tyro
 
-from lmlab.commands import COMMANDS, Grow, Plan, Report, Run
+from lmlab.commands import COMMANDS, Grow, Order, Plan, Report, Run
 from lmlab.core.errors import UserError
 from lmlab.recipe import load_recipe
 
@@ -67,7 +67,7 @@ def _dispatch(words: list[str]) -> int:
 
 def _default(kind: type[Any], words: list[str]) -> Any:
     """The options of a command with the recipe that they name, if they name one."""
-    if kind in (Run, Plan) and len(words) > 1 and not words[1].startswith("-"):
+    if kind in (Run, Order, Plan) and len(words) > 1 and not words[1].startswith("-"):
         return kind(words[1], config=load_recipe(words[1])[1])
     if kind is Grow:
         known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

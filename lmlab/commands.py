@@ -14,10 +14,9 @@ import tyro
 from lmlab.core.errors import check
 from lmlab.inference.config import SamplingConfig
 from lmlab.models.config import GrowthConfig
-from lmlab.recipe import Grown, MultiToken, Pretrain, load_recipe
+from lmlab.ordering import Order, order
+from lmlab.recipe import RUNS, Grown, MultiToken, Pretrain, load_recipe
 from lmlab.train.config import HostsConfig
-
-RUNS = Path("runs")
 
 
 @dataclass(frozen=True)
@@ -295,6 +294,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "eval": (Eval, evaluate),
     "convert": (Convert, convert),
     "report": (Report, report),
+    "order": (Order, order),
     "plan": (Plan, plan),
     "doctor": (Doctor, doctor),
 }

@@ -15,6 +15,7 @@ from lmlab.evals.baselines import ngram_bits_per_byte, xz_bits_per_byte
 from lmlab.inference.text import sample_text
 from lmlab.models.config import ModelConfig
 from lmlab.models.lm import LM
+from lmlab.models.rows import read_rows
 from lmlab.objectives.config import NextTokenConfig
 from lmlab.objectives.next_token import next_token
 from lmlab.optim.chain import build_optimizer
@@ -37,7 +38,9 @@ def pretrain_pieces(config: Pretrain, share: Share) -> Pieces:
     return Pieces(
         config=config,
         lm=lm,
-        objective=build_objective(config.objective, lm, data.tokenizer),
+        objective=build_objective(
+            config.objective, read_rows(lm, config.data.attend, config.data.positions), data.tokenizer
+        ),
         tx=build_optimizer(config.optim, lm.axes, config.train.steps, config.train.seed),
         data=data,
         sample=partial(draw_continuations, lm, data.tokenizer, config.eval),

@@ -17,6 +17,9 @@ from lmlab.objectives.config import MultiTokenLossConfig, NextTokenConfig
 from lmlab.optim.config import OptimConfig, ScheduleConfig
 from lmlab.train.config import ParallelConfig, TrainConfig
 
+RUNS = Path("runs")
+"""Where run folders go if nothing else is said."""
+
 
 @dataclass(frozen=True)
 class EvalConfig:

@@ -9,25 +9,22 @@ exact.
 
 import hashlib
 import json
-import zlib
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from lmlab.core.errors import UserError
-from lmlab.data.folders import build_once
+from lmlab.data.folders import META, build_once, is_sealed, seal
 from lmlab.data.progress import Tell, counting, say
 from lmlab.data.sources import Document
 from lmlab.data.tokenizers import TextTokenizer
 
 FORMAT = 1
-_TOKENS, _OFFSETS, _IDS, _ID_OFFSETS, _META = "tokens.bin", "offsets.npy", "ids.txt", "ids.npy", "meta.json"
+_TOKENS, _OFFSETS, _IDS, _ID_OFFSETS = "tokens.bin", "offsets.npy", "ids.txt", "ids.npy"
 _CHUNK_CHARACTERS, _CHUNK_DOCUMENTS = 4_000_000, 4096
-_CHECKED_BLOCKS, _BLOCK_BYTES = 128, 65536
 
 
 @dataclass(frozen=True)
@@ -86,11 +83,9 @@ def open_cache(
             say(f"{label}: the token cache {target} is damaged and is made anew")
         with counting(f"tokenising {label}") as tell:
             counts = _write(folder, documents(), tokenizer, label, tell)
-        sums = {path.name: _checksum(path) for path in folder.iterdir()}
-        meta = {"format": FORMAT, "fingerprint": key, **counts, "files": sums}
-        (folder / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        seal(folder, {"format": FORMAT, "fingerprint": key, **counts})
 
-    return _map(build_once(target, _is_whole, build))
+    return _map(build_once(target, lambda folder: is_sealed(folder, FORMAT), build))
 
 
 def _write(
@@ -148,30 +143,8 @@ def _check_ids(document: Document, tokens_T: np.ndarray, vocab_size: int, label:
         )  # fmt: skip
 
 
-def _checksum(path: Path) -> list[int]:
-    """Size, and CRC-32 over evenly spread blocks: whole below 8 MB, and still quick for a terabyte."""
-    size, crc = path.stat().st_size, 0
-    step = max(_BLOCK_BYTES, -(-size // _CHECKED_BLOCKS))
-    with path.open("rb") as handle:
-        for position in chain(range(0, size, step), [max(0, size - _BLOCK_BYTES)]):
-            handle.seek(position)
-            crc = zlib.crc32(handle.read(_BLOCK_BYTES), crc)
-    return [size, crc]
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
-        return meta["format"] == FORMAT and all(
-            path.stat().st_size == sums[0] and _checksum(path) == sums
-            for path, sums in ((folder / name, sums) for name, sums in meta["files"].items())
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
 def _map(folder: Path) -> TokenCache:
-    meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+    meta = json.loads((folder / META).read_text(encoding="utf-8"))
     # A plain view: indexing the memmap class itself costs a Python call each time.
     tokens_N = np.memmap(folder / _TOKENS, dtype=meta["dtype"], mode="r").view(np.ndarray)
     names = np.memmap(folder / _IDS, dtype=np.uint8, mode="r").view(np.ndarray)

@@ -5,6 +5,7 @@ from datetime import datetime
 from typing import Literal
 
 from lmlab.core.errors import check
+from lmlab.retrieval.config import EncoderConfig, ExactSearch, HashTfidf, SearchConfig
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,67 @@ PackingMode = Literal["concat", "pad", "whole"]
 
 
 @dataclass(frozen=True)
+class InContextOrder:
+    """Related documents one after the other, each once (In-Context Pretraining, arXiv 2310.10638)."""
+
+    encoder: EncoderConfig = field(default_factory=HashTfidf)
+    """How documents become vectors."""
+    piece_words: int = 0
+    """Longer documents are cut into pieces of this many words, each with a vector; 0: the beginning alone, as far as
+    the encoder reads."""
+    pieces: Literal["each", "mean"] = "each"
+    """Documents are as alike as their closest pieces, or as the means of their pieces."""
+    center: bool = False
+    """Subtract the mean vector: fewer documents are then near to all others."""
+    neighbours: int = 20
+    """k: neighbours that are searched for each document (the paper's code: 50)."""
+    search: SearchConfig = field(default_factory=ExactSearch)
+    """How they are found."""
+    duplicates: Literal["cosine", "minhash", "exact", "prefix_jaccard", "none"] = "cosine"
+    """What counts as a copy and is left out: a neighbour so similar; 5-word shingles that overlap so much (MinHash);
+    the same text up to case and white space; on the path, a beginning like that of the document before (the paper's
+    code)."""
+    threshold: float = 0.95
+    """From which similarity on documents are copies (prefix_jaccard: above it; the paper's code: 0.85)."""
+    linkage: Literal["single", "complete"] = "single"
+    """single: copies of copies are copies; complete: only what is a copy of a document that stays goes."""
+    keep: Literal["first", "longest"] = "first"
+    """Which of some copies stays."""
+    heldout_threshold: float = 0.95
+    """Training documents whose cosine with a held-out one is as high are left out; above 1: none."""
+    mutual: bool = False
+    """An edge needs each to be a neighbour of the other."""
+    min_sim: float = 0.0
+    """Pairs less similar are no neighbours."""
+    max_degree: int = 0
+    """Edges of a document; 0: no limit."""
+    tour: Literal[
+        "dynamic", "static", "greedy_edges", "release", "buffer_chain", "neighbours", "clusters", "random"
+    ] = "dynamic"  # fmt: skip
+    """dynamic: the paper's rule, degrees counted among what is left; static: degrees of the whole graph; greedy_edges:
+    the heaviest edges first; release: what the paper's code does; buffer_chain: the best of a buffer is next (arXiv
+    2402.13991). For comparison: neighbours: windows of a document and its neighbours, which repeat; clusters: at random
+    within clusters; random."""
+    link_fragments: bool = False
+    """Join the pieces between jumps where their ends are most alike (dynamic, static, greedy_edges, release)."""
+    buffer: int = 2048
+    """Documents in the buffer of buffer_chain."""
+    scorer: Literal["vectors", "bm25"] = "vectors"
+    """What buffer_chain compares by."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges, and that linking has something to link."""
+        for name in ("neighbours", "buffer"):
+            check(getattr(self, name) >= 1, f"data.in_context.{name}", getattr(self, name), "at least 1")
+        for name in ("piece_words", "max_degree"):
+            check(getattr(self, name) >= 0, f"data.in_context.{name}", getattr(self, name), "0 or more")
+        check(self.threshold > 0, "data.in_context.threshold", self.threshold, "a positive similarity")
+        linkable = ("dynamic", "static", "greedy_edges", "release")
+        check(not self.link_fragments or self.tour in linkable, "data.in_context.link_fragments", self.link_fragments,
+              f"False with tour = {self.tour!r}", f"Pieces are what {', '.join(linkable)} leave.")  # fmt: skip
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """A weighted mixture of sources, tokenised once into a cache, packed into rows."""
 
@@ -111,8 +173,17 @@ class DataConfig:
     packing: PackingMode = "concat"
     """concat: documents one after the other, cut at row ends; pad: one document a row, the rest dropped; whole: as many
     documents as a row has room for, none divided, what is longer than a row dropped."""
-    order: Literal["shuffled", "corpus"] = "shuffled"
-    """Order of the documents before they are packed."""
+    order: Literal["shuffled", "corpus", "in_context"] = "shuffled"
+    """Order of the documents before they are packed; in_context: related ones follow one another. Rows are shuffled in
+    any case."""
+    in_context: InContextOrder = field(default_factory=InContextOrder)
+    """How related documents are found and put in order, where `order` asks for it."""
+    recut: bool = False
+    """Cut rows at other places in every epoch (packing = concat), so that related documents meet in other rows."""
+    attend: Literal["document", "row"] = "document"
+    """What a token sees of its row: its own document, or all that is before it (In-Context Pretraining)."""
+    positions: Literal["document", "row"] = "document"
+    """Where positions begin anew: at each document, or at each row."""
     seed: int = 0
     """Seed of all orders of data."""
     cache_dir: str = ""
@@ -126,6 +197,7 @@ class DataConfig:
         check(self.length >= 1, "data.length", self.length, "at least 1 token")
         check(self.batch_size >= 1, "data.batch_size", self.batch_size, "at least 1 row")
         check(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1 batch")
+        check(not self.recut or self.packing == "concat", "data.recut", self.recut, "False unless packing is concat")
         for name, weight in self.weights.items():
             check(name in self.sources, "data.weights", name, f"names of sources: {', '.join(self.sources)}")
             check(weight > 0, f"data.weights[{name}]", weight, "a positive share")

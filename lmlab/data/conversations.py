@@ -60,6 +60,7 @@ def open_conversations(
         heldout=partial(heldout_batches, stream, caches["heldout"], lookahead=lookahead, host=host, hosts=hosts),
         texts=lambda split: _texts(caches[split]["conversations"], tokenizer),
         caches=caches,
+        orders={},
         summary=summary,
     )
 

@@ -2,13 +2,21 @@
 
 import errno
 import fcntl
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from lmlab.core.errors import UserError
+
+META = "meta.json"
+"""What a sealed folder says of itself."""
+_CHECKED_BLOCKS, _BLOCK_BYTES = 128, 65536
 
 
 def cache_root(cache_dir: str | Path = "") -> Path:
@@ -28,11 +36,14 @@ def cache_root(cache_dir: str | Path = "") -> Path:
     return root
 
 
-def build_once(target: Path, is_whole: Callable[[Path], bool], build: Callable[[Path], None]) -> Path:
+def build_once(
+    target: Path, is_whole: Callable[[Path], bool], build: Callable[[Path], None], *, resume: bool = False
+) -> Path:  # fmt: skip
     """`target`, built by `build(empty_folder)` unless `is_whole(target)`; kill -9 leaves nothing half done.
 
     One process builds while the others wait on a lock that the system lets go of when its holder dies. So
-    whoever holds the lock knows that a half-built folder beside it belongs to nobody, and removes it.
+    whoever holds the lock knows that a half-built folder beside it belongs to nobody, and removes it; or with
+    `resume` hands it to `build`, which then has to know how far it came.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
@@ -43,19 +54,55 @@ def build_once(target: Path, is_whole: Callable[[Path], bool], build: Callable[[
     with _locked(target.with_name(f"{target.name}.lock")):
         if is_whole(target):
             return target
-        shutil.rmtree(partial, ignore_errors=True)
+        if not resume:
+            shutil.rmtree(partial, ignore_errors=True)
         try:
-            partial.mkdir(parents=True)
+            partial.mkdir(parents=True, exist_ok=resume)
             build(partial)
             _flush(partial)
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
             _flush_folder(target.parent)
         except OSError as error:
-            raise _explain(partial, error) from error
-        finally:
+            explained = _explain(partial, error)
             shutil.rmtree(partial, ignore_errors=True)
+            raise explained from error
+        finally:
+            if not resume:
+                shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def seal(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Write META: what is given, and the size and checksum of every file."""
+    sums = {path.name: _checksum(path) for path in sorted(folder.iterdir()) if path.name != META}
+    (folder / META).write_text(json.dumps({**meta, "files": sums}, indent=1), encoding="utf-8")
+
+
+def is_sealed(folder: Path, version: int) -> bool:
+    """Whether META is there, has this `format`, and every file is as it was sealed.
+
+    The checksum covers up to 8 MB of each file, spread evenly.
+    """
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        return meta["format"] == version and all(
+            path.stat().st_size == sums[0] and _checksum(path) == sums
+            for path, sums in ((folder / name, sums) for name, sums in meta["files"].items())
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _checksum(path: Path) -> list[int]:
+    """Size, and CRC-32 over evenly spread blocks: whole below 8 MB, and still quick for a terabyte."""
+    size, crc = path.stat().st_size, 0
+    step = max(_BLOCK_BYTES, -(-size // _CHECKED_BLOCKS))
+    with path.open("rb") as handle:
+        for position in chain(range(0, size, step), [max(0, size - _BLOCK_BYTES)]):
+            handle.seek(position)
+            crc = zlib.crc32(handle.read(_BLOCK_BYTES), crc)
+    return [size, crc]
 
 
 def write_atomically(path: Path, text: str) -> None:

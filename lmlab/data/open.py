@@ -11,9 +11,12 @@ from lmlab.core.types import TokenBatch
 from lmlab.data.cache import TokenCache, open_cache
 from lmlab.data.config import DataConfig
 from lmlab.data.folders import cache_root
+from lmlab.data.in_context import Order, order_documents
 from lmlab.data.sources import Document, Split, documents, fingerprint
 from lmlab.data.stream import Stream, heldout_batches, train_stream
 from lmlab.data.tokenizers import TextTokenizer, build_tokenizer
+from lmlab.data.vectors import corpus_of
+from lmlab.retrieval.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,15 @@ class Data:
     """Starts a pass over the texts of a split, decoded from their tokens."""
     caches: dict[Split, dict[str, TokenCache]]
     """The tokens of each split, by source."""
+    orders: dict[str, Order]
+    """The order of the training documents of each source, where the config asks for one of related documents."""
     summary: dict[str, int | str]
     """Counts and hashes, ready for JSON."""
 
 
-def open_data(config: DataConfig, *, lookahead: int = 1, host: int = 0, hosts: int = 1) -> Data:
+def open_data(
+    config: DataConfig, *, lookahead: int = 1, host: int = 0, hosts: int = 1, encoder: Encoder | None = None
+) -> Data:  # fmt: skip
     """Read, tokenise (once; later runs map the cache) and lay out everything that `config` names.
 
     Args:
@@ -40,9 +47,11 @@ def open_data(config: DataConfig, *, lookahead: int = 1, host: int = 0, hosts: i
         lookahead: n, tokens beyond T in a row: how far ahead the objective predicts.
         host: which host this is; gets its part of each batch.
         hosts: number of hosts.
+        encoder: finds related documents in place of the one that the config names.
 
     Raises:
-        UserError: any fault of the input, see `documents`, `build_tokenizer`, `open_cache`, `train_stream`.
+        UserError: any fault of the input, see `documents`, `build_tokenizer`, `open_cache`, `order_documents`,
+            `train_stream`.
     """
     root = cache_root(config.cache_dir)
     prints = {}
@@ -55,14 +64,32 @@ def open_data(config: DataConfig, *, lookahead: int = 1, host: int = 0, hosts: i
     caches = {
         split: {name: _tokenised(config, name, split, tokenizer, root) for name in config.sources} for split in splits
     }
+    orders = _orders(config, caches, tokenizer, root, encoder) if config.order == "in_context" else {}
+    numbers = {name: order.documents for name, order in orders.items()}
     return Data(
         tokenizer=tokenizer,
-        train=train_stream(config, caches["train"], lookahead=lookahead, host=host, hosts=hosts),
+        train=train_stream(config, caches["train"], lookahead=lookahead, host=host, hosts=hosts, orders=numbers),
         heldout=partial(heldout_batches, config, caches["heldout"], lookahead=lookahead, host=host, hosts=hosts),
         texts=partial(_texts, caches, tokenizer),
         caches=caches,
-        summary=_summary(tokenizer, caches),
+        orders=orders,
+        summary=_summary(tokenizer, caches)
+        | {f"{name}/train/order": order.folder.name for name, order in orders.items()},
     )
+
+
+def _orders(
+    config: DataConfig, caches: Mapping[Split, Mapping[str, TokenCache]], tokenizer: TextTokenizer, root: Path,
+    encoder: Encoder | None,
+) -> dict[str, Order]:  # fmt: skip
+    """Each source in an order of its own, so that its weight in the mixture holds everywhere."""
+    found = {}
+    for name in config.sources:
+        corpus, heldout = (corpus_of(caches[split][name], tokenizer, f"{name}/{split}") for split in caches)
+        found[name] = order_documents(
+            config.in_context, corpus, root, heldout=heldout, length=config.length, seed=config.seed, encoder=encoder
+        )
+    return found
 
 
 def _tokenised(

@@ -1,6 +1,6 @@
 """Rows of fixed length from documents of any length. A row is a pure function of its number."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -105,6 +105,17 @@ def _best_fit(sizes: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
         rooms |= 1 << (room - size)
     ranks = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
     return np.asarray([document for row in rows for document in row], np.int64), ranks
+
+
+def turned(packing: Packing, first: int) -> Packing:
+    """The same circle of documents cut open before the document at place `first` of their order ("concat" only).
+
+    Documents keep their neighbours, and rows begin at other places among them. Costs 16 bytes a document.
+    """
+    count = len(packing.starts) - 1
+    order = np.roll(np.arange(count) if packing.order is None else packing.order, -first)
+    sizes = np.roll(np.diff(packing.starts), -first)
+    return replace(packing, order=order, starts=np.concatenate([[0], np.cumsum(sizes)]))
 
 
 def row_at(packing: Packing, row: int) -> Row:

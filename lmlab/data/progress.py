@@ -1,4 +1,4 @@
-"""What is said on stderr while text is tokenised: a bar for a person who waits, one line for a log."""
+"""What is said on stderr while text is prepared: a bar for a person who waits, one line for a log."""
 
 import sys
 import time
@@ -14,6 +14,8 @@ PATIENCE_SECONDS = 1.0
 
 Tell: TypeAlias = Callable[[int, int], None]
 """`tell(documents, tokens)`: the counts up to now."""
+Advance: TypeAlias = Callable[[int], None]
+"""`advance(done)`: how much of a known whole is done."""
 
 
 def say(text: str) -> None:
@@ -24,25 +26,40 @@ def say(text: str) -> None:
 @contextmanager
 def counting(label: str) -> Iterator[Tell]:
     """Show counts while the body calls the yielded function; a bar on a terminal, and one line at the end."""
-    begin, counts = time.monotonic(), (0, 0)
+    with _bar(label, None) as show:
+        show(0, _describe(0, 0))
+        yield lambda documents, tokens: show(documents, _describe(documents, tokens))
+
+
+@contextmanager
+def advancing(label: str, total: int, unit: str = "documents") -> Iterator[Advance]:
+    """The same of work whose size is known; nothing is said if nothing is done."""
+    with _bar(label, total) as show:
+        yield lambda done: show(done, f"{done:,} of {total:,} {unit}")
+
+
+@contextmanager
+def _bar(label: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
+    begin, text = time.monotonic(), ""
     columns = (TextColumn(f"{label}  {{task.fields[counts]}}"), BarColumn(), TimeElapsedColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task(label, total=None, counts="")
+    task = bar.add_task(label, total=total, counts="")
 
-    def tell(documents: int, tokens: int) -> None:
-        nonlocal counts
-        counts = documents, tokens
+    def show(done: int, counts: str) -> None:
+        nonlocal text
+        text = counts
         if bar.console.is_terminal and time.monotonic() - begin > PATIENCE_SECONDS:
             bar.start()  # Does nothing when it runs already.
-            bar.update(task, counts=_describe(counts))
+            bar.update(task, counts=text, completed=done)
 
     try:
-        yield tell
+        yield show
     finally:
         if bar.live.is_started:
             bar.stop()
-    say(f"{label}  {_describe(counts)} in {time.monotonic() - begin:.1f} s")
+    if text:
+        say(f"{label}  {text} in {time.monotonic() - begin:.1f} s")
 
 
-def _describe(counts: tuple[int, int]) -> str:
-    return f"{counts[0]:,} documents, {counts[1]:,} tokens"
+def _describe(documents: int, tokens: int) -> str:
+    return f"{documents:,} documents, {tokens:,} tokens"

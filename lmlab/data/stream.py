@@ -4,6 +4,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import grain
 import numpy as np
@@ -12,7 +13,7 @@ from lmlab.core.errors import check
 from lmlab.core.types import TokenBatch
 from lmlab.data.cache import TokenCache
 from lmlab.data.config import DataConfig
-from lmlab.data.packing import Packing, Row, lay_out, row_at, stack_rows
+from lmlab.data.packing import Packing, Row, lay_out, row_at, stack_rows, turned
 
 
 @dataclass(frozen=True)
@@ -52,21 +53,24 @@ def train_stream(
             a source that is absent has the order of the config.
 
     Raises:
-        UserError: `hosts` does not divide the batch.
+        UserError: `hosts` does not divide the batch; the config's order is one that has to be made before.
     """
     share = _host_share(config, host, hosts)
     chosen = orders or {}
+    made = config.order != "in_context" or set(chosen) >= set(caches)
+    check(made, "data.order", config.order, "the orders of all sources", "open_data makes them.")
     corpora = {
         name: _lay_out(config, cache, lookahead, chosen.get(name, _document_order(config, name, cache)))
         for name, cache in caches.items()
     }
     numbers = _row_numbers(config, corpora)
-    locate = _locator(list(corpora.values()))
+    seeds = [_seed(config, name, "cuts") for name in corpora] if config.recut else None
+    locate = _locator(list(corpora.values()), seeds)
     sources = list(caches.values())
 
     def rows_at(step: int) -> list[tuple[int, Row]]:
         begin = step * config.batch_size + share.start
-        return [locate(numbers[i]) for i in range(begin, begin + len(share))]
+        return [locate(*numbers[i]) for i in range(begin, begin + len(share))]
 
     def batch_at(step: int) -> TokenBatch:
         return stack_rows([row for _, row in rows_at(step)], len(share), config.length + lookahead)
@@ -133,23 +137,37 @@ def _seed(config: DataConfig, name: str, use: str) -> int:
 
 
 def _row_numbers(config: DataConfig, corpora: Mapping[str, Packing]) -> grain.MapDataset:
-    """An endless sequence of row numbers, counted through all sources, with random access."""
+    """An endless sequence of (row number, epoch of its source) with random access; counted through all sources."""
     parts, weights, base = [], [], 0
     for name, corpus in corpora.items():
         numbers = grain.MapDataset.range(base, base + corpus.rows)
-        parts.append(numbers.shuffle(seed=_seed(config, name, "rows")).repeat())
+        shuffled = numbers.shuffle(seed=_seed(config, name, "rows")).repeat()
+        parts.append(shuffled.map_with_index(partial(_with_epoch, corpus.rows)))
         weights.append(config.weights.get(name, 1.0))
         base += corpus.rows
     return grain.MapDataset.mix(parts, weights=weights) if len(parts) > 1 else parts[0]
 
 
-def _locator(corpora: list[Packing]) -> Callable[[int], tuple[int, Row]]:
-    """From a row number counted through all sources to (number of the source, row)."""
+def _with_epoch(rows: int, place: int, number: int) -> tuple[int, int]:
+    return number, place // rows
+
+
+def _locator(corpora: list[Packing], seeds: list[int] | None = None) -> Callable[..., tuple[int, Row]]:
+    """From a row number counted through all sources, and an epoch, to (number of the source, row).
+
+    seeds: of the places where each source is cut, new in every epoch; None: they stay.
+    """
     ends = np.cumsum([corpus.rows for corpus in corpora])
 
-    def locate(number: int) -> tuple[int, Row]:
+    @lru_cache(maxsize=2 * len(corpora))
+    def laid_out(k: int, epoch: int) -> Packing:
+        if seeds is None or epoch == 0:
+            return corpora[k]
+        return turned(corpora[k], int(np.random.default_rng([seeds[k], epoch]).integers(len(corpora[k].starts) - 1)))
+
+    def locate(number: int, epoch: int = 0) -> tuple[int, Row]:
         k = int(np.searchsorted(ends, number, side="right"))
-        return k, row_at(corpora[k], int(number - (ends[k] - corpora[k].rows)))
+        return k, row_at(laid_out(k, epoch), int(number - (ends[k] - corpora[k].rows)))
 
     return locate
 

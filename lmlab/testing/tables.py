@@ -141,6 +141,7 @@ STREAMS: dict[str, Callable[[int, int], Stream]] = {
     "one_document_a_row": _mixture(packing="pad"),
     "corpus_order": _mixture(order="corpus", seed=3),
     "whole_documents": _mixture(packing="whole", length=50),
+    "cut_anew": _mixture(recut=True),
     "conversations": _conversations,
 }
 """Every stream of lmlab, tiny: `build(host, hosts)` makes the part of one host; batches divide by 2 and 4."""

@@ -1,7 +1,10 @@
 """The stream: any step at once, any number of hosts, every row once an epoch, weights kept everywhere."""
 
 import time
+import zlib
 from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -53,6 +56,33 @@ def test_every_epoch_holds_every_row_in_an_order_of_its_own():
     assert Counter(epochs[0]) == Counter(epochs[1]) == Counter(epochs[2])
     assert epochs[0] != epochs[1]
     assert epochs[1] != epochs[2]
+
+
+def test_rows_that_are_cut_anew_hold_the_same_documents_side_by_side():
+    caches = {"a": tiny_cache("a", 40)}
+    settings = config(batch_size=1, length=64)
+    kept, anew = train_stream(settings, caches), train_stream(replace(settings, recut=True), caches)
+    epoch = lambda stream, e: rows_of(stream.batch_at(step) for step in range(e * stream.rows, (e + 1) * stream.rows))
+    assert epoch(anew, 0) == epoch(kept, 0)
+    assert set(epoch(kept, 1)) == set(epoch(kept, 0))
+    assert len(set().union(*(epoch(anew, e) for e in range(8)))) > 6 * anew.rows
+    together = lambda stream, e: {
+        pair for step in range(e * stream.rows, (e + 1) * stream.rows) for pair in pairwise(stream.documents_at(step))
+    }
+    # Neighbours are those of the one order, its ends made to meet.
+    order = np.random.default_rng(zlib.crc32(f"{settings.seed} documents a".encode())).permutation(40)
+    circle = {(f"a {a}", f"a {b}") for a, b in zip(order, np.roll(order, -1), strict=True)}
+    assert together(anew, 1) <= circle
+    read = Counter()
+    for step in range(anew.rows, 2 * anew.rows):
+        batch = anew.batch_at(step)
+        read.update(batch.tokens_BT[0, :64][batch.segments_BT[0, :64] != 0].tolist())
+    assert read == Counter(caches["a"].tokens_N.tolist())
+
+
+def test_cutting_anew_is_for_documents_in_one_stream():
+    with pytest.raises(UserError, match=r"data\.recut"):
+        config(recut=True, packing="pad")
 
 
 def test_one_epoch_reads_every_token_once():
