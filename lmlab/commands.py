@@ -1,6 +1,4 @@
-"""The commands of the command line: their options, and what they do. JAX is imported inside of them, so that help is
-there at once.
-"""
+"""The commands of the command line: options, what they do. JAX is imported inside, so that help is there at once."""
 
 import signal
 from collections.abc import Callable
@@ -154,6 +152,8 @@ def run(args: Run) -> int:
     from lmlab.pretrain import pretrain
 
     config, name = args.config, Path(args.recipe).stem
+    check(not isinstance(config, Grown), "recipe", args.recipe, "a recipe Pretrain or MultiToken, not Grown",
+          "A model grows by lmlab grow RUN --to RECIPE, where the recipe is a Pretrain.")  # fmt: skip
     method = partial(train_heads, config) if isinstance(config, MultiToken) else partial(pretrain, config)
     return train(method, config.train.steps, args.out or str(RUNS / name), args.profile, args.hosts)
 

@@ -128,6 +128,27 @@ def test_eval_measures_all_heads_and_export_writes_the_first(here, capsys):
     )
 
 
+def test_begun_from_a_model_and_run_again_without_it_it_is_the_same_run(here, monkeypatch, capsys):
+    words = ["run", "heads.py", "--source", "out", "--train.sample-every", "0", "--eval.no-baselines", "--out"]
+    assert main([*words, "whole"]) == 0
+    save = lmlab.training.save
+
+    def save_then_stop(*args):
+        save(*args)
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lmlab.training, "save", save_then_stop)
+        assert main([*words, "parts"]) == 128 + signal.SIGTERM
+    shutil.rmtree(here / "out")
+    assert main([*words, "parts"]) == 0
+    assert "resuming at step 3" in capsys.readouterr().out
+    assert rows(here / "parts", "train", "eval") == rows(here / "whole", "train", "eval")
+    # What is asked for is still compared with what was begun.
+    assert main([*words, "parts", "--model.width", "32"]) == 2
+    assert "model.width was 16, now 32" in one_line(capsys)
+
+
 @pytest.mark.parametrize(("chain", "layers"), [("parallel", "4"), ("linear", "2"), ("sequential", "2")])
 def test_heads_are_added_to_a_model_that_has_one(here, chain, layers, capsys):
     assert main(["eval", "out"]) == 0
