@@ -14,10 +14,12 @@ import pytest
 from test_sft import TEMPLATE, WORDS, write_chats
 from tiny_run import RECIPE, contents, one_line, rows
 
+import lmlab.talk
 import lmlab.training
 from experiments.sft import main as sft
 from lmlab.cli import main
 from lmlab.core.errors import UserError
+from lmlab.inference.speculative import Speculated
 from lmlab.interop.pretrained import load_pretrained
 from lmlab.loading import load_model, open_model
 from lmlab.models.config import ExecutionConfig
@@ -92,9 +94,22 @@ def test_heads_draft_what_head_1_would_have_written(here, capsys):
     assert main(["generate", "heads", *GREEDY]) == 0
     plain = capsys.readouterr().out
     assert plain.startswith("abc")
-    for heads in ("1", "2", "3"):
-        assert main(["generate", "heads", *GREEDY, "--heads", heads]) == 0
+    for words in (["1"], ["3"], ["3", "--verify", "block"]):
+        assert main(["generate", "heads", *GREEDY, "--heads", *words]) == 0
         assert capsys.readouterr().out == plain
+
+
+def test_how_drafts_are_kept_reaches_the_decoding(here, monkeypatch):
+    asked = []
+    for name in ("speculate", "self_speculate"):
+        monkeypatch.setattr(
+            lmlab.talk, name, lambda *args, **rest: asked.append(rest["verify"]) or Speculated([], 0, 0)
+        )
+    monkeypatch.setattr(lmlab.talk, "_texts", lambda *args: [""])
+    words = ["--prompt", "a", "--verify", "block"]
+    assert main(["generate", "heads", *words, "--heads", "2"]) == 0
+    assert main(["generate", "out", *words, "--draft", "out"]) == 0
+    assert asked == ["block", "block"]
 
 
 def test_a_run_is_opened_as_its_first_head(here):
@@ -161,8 +176,9 @@ def test_a_run_of_several_heads_is_fine_tuned_as_its_first(here):
 
 def test_a_mesh_changes_no_number(here):
     mesh = ["--parallel.data", "2", "--parallel.fsdp", "2", "--parallel.tensor", "2"]
-    words = [*TRAIN[:-1], "mesh", *mesh, "--model.vocab-size", "260"]
-    assert main(words) == main([*TRAIN[:-1], "one", "--model.vocab-size", "260"]) == 0
+    short = ["--model.vocab-size", "260", "--train.steps", "2", "--train.eval-every", "2", "--train.sample-every", "0"]
+    short += ["--heads", "2", "--model.layers", "3", "--eval.no-baselines"]
+    assert main([*TRAIN[:-1], "mesh", *mesh, *short]) == main([*TRAIN[:-1], "one", *short]) == 0
     for one, other in zip(rows(here / "mesh", "train"), rows(here / "one", "train"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
@@ -172,6 +188,7 @@ def test_a_mesh_changes_no_number(here):
     [
         (["run", "heads.py", "--heads", "4"], "heads = 4: expected less than model.layers = 4"),
         (["run", "heads.py", "--heads", "0"], "heads = 0: expected at least 1"),
+        (["run", "heads.py", "--data.packing", "whole"], "data.packing = 'whole': expected concat or pad"),
         (["run", "heads.py", "--objective.head-weights", "1", "1"], "a weight for each of the 3 heads"),
         (["run", "heads.py", "--source", "out", "--model.layers", "5"], "model.layers of head 1 = 3: expected 2"),
         (["run", "heads.py", "--source", "out", "--model.width", "32"], "model.width of head 1 = 32: expected 16"),
@@ -202,6 +219,7 @@ def test_another_tokenizer_is_refused(here, capsys):
 def test_a_recipe_of_several_heads():
     recipe = MultiToken(model=tiny_config(layers=4, max_length=256), heads=3)
     assert recipe.several == MultiTokenConfig(tiny_config(layers=4, max_length=256), 3)
+    assert replace(recipe, heads=1, data=replace(recipe.data, packing="whole")).heads == 1
     with pytest.raises(UserError, match="head_weights"):
         replace(recipe, objective=MultiTokenLossConfig(head_weights=(1.0,)))
 
