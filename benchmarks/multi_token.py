@@ -132,8 +132,8 @@ def continued(
     plain = lambda: [sample(model.lm, params, [prompt], key, config)[0] for prompt in prompts]
     drafted = lambda k: [self_speculate(model, params, [prompt], key, config, ahead=k) for prompt in prompts]
     wanted = [one.tokens.tolist() for one in plain()]
-    print(f"temperature {temperature}: {len(prompts)} texts of {args.new} tokens, of whose 8-grams {distinct(wanted):.2f} are "
-          f"distinct; the first goes on: {decode(wanted[0])!r:.200}")  # fmt: skip
+    print(f"temperature {temperature}: {len(prompts)} texts of {args.new} tokens, of whose 8-grams "
+          f"{distinct(wanted):.2f} are distinct; the first goes on: {decode(wanted[0])!r:.200}")  # fmt: skip
     names = [f"{k + 1} heads" for k in range(heads)]
     arms = {name: (lambda k=k: drafted(k)) for k, name in enumerate(names)}
     times = take_turns({"plain": plain, **arms}, args.rounds)

@@ -89,7 +89,7 @@ from lmlab.train.config import ParallelConfig, TrainConfig
 
 def recipe():
     return MultiToken(
-        model=TransformerConfig(layers=2, width=8, max_length=128, attention=AttentionConfig(heads=1)), heads=2,
+        model=TransformerConfig(layers=3, width=8, max_length=128, attention=AttentionConfig(heads=1)), heads=2,
         data=DataConfig(sources={"text": Files("corpus.jsonl", heldout_percent=20)}, length=64, batch_size=2),
         train=TrainConfig(steps=1, eval_every=1, sample_every=0), parallel=ParallelConfig(data=1),
         eval=EvalConfig(batches=1, prompts=(), baselines=False),

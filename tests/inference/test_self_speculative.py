@@ -127,7 +127,7 @@ def test_heads_that_know_what_follows_take_as_few_passes_as_there_can_be(ahead):
 
 
 def test_ends_and_limits_are_kept():
-    prompts = [ids(49, 50), ids(3)]
+    prompts = [ids(49, 50), ids(2, 3)]
     drawn = self_speculate(counting_heads(3), {}, prompts, KEY, SamplingConfig(max_new_tokens=20), end_ids=(END,))
     assert drawn.samples[0].tokens.tolist() == list(range(51, END))
     assert drawn.samples[1].tokens.tolist() == list(range(4, 24))
