@@ -13,16 +13,16 @@ import numpy as np
 
 from lmlab.core.errors import check
 from lmlab.core.types import Array, Key, Params
-from lmlab.inference.config import SamplingConfig
+from lmlab.inference.config import SamplingConfig, Verify
 from lmlab.inference.draw import draw_tokens
 from lmlab.inference.engine import read_prompts
 from lmlab.inference.sample import check_prompts
 from lmlab.inference.speculative import (
     Drafting,
     Speculated,
-    Verify,
     append,
     begin,
+    check_verify,
     finish,
     probabilities,
     round_keys,
@@ -44,10 +44,11 @@ def self_speculate(
     ahead = model.heads - 1 if ahead is None else ahead
     check(0 <= ahead < model.heads, "ahead", ahead, f"0 to {model.heads - 1}: the model has {model.heads} heads")
     check(config.repetition_penalty == 1, "repetition_penalty", config.repetition_penalty, "1 when speculating")
+    check_verify(verify)
     check_prompts(model.lm, prompts)
     model, params = model.for_decoding(params)
     state = begin(prompts, config, ahead, model.lm.max_length)
-    _, cache = read_prompts(model.whole, params, prompts, state.tokens_BS.shape[1])
+    _, cache = read_prompts(model.whole, params, prompts, state.tokens_BS.shape[1], again=model.heads - 1)
     cache = model.whole.take_rows(cache, jnp.arange(len(prompts)))
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(prompts)))
     static = replace(config, max_new_tokens=1, stop=())

@@ -5,7 +5,7 @@ keeps of it what leaves its own distribution exact.
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,12 @@ from flax import struct
 
 from lmlab.core.errors import check
 from lmlab.core.types import Array, Key, Params
-from lmlab.inference.config import SamplingConfig
+from lmlab.inference.config import SamplingConfig, Verify
 from lmlab.inference.draw import draw_tokens
 from lmlab.inference.engine import bucket, read_prompts
 from lmlab.inference.filters import filter_logits
 from lmlab.inference.sample import Sample, check_prompts
 from lmlab.models.lm import LM
-
-Verify = Literal["token", "block"]
-"""Whether drafted tokens are kept one after another (arXiv 2211.17192), or as many as can be of the whole draft (block
-verification, arXiv 2403.10444). Both leave the distribution as it is; greedy, they are the same."""
 
 
 class Model(NamedTuple):
@@ -74,6 +70,7 @@ def speculate(
           f"that of the target, {target.lm.vocab_size}", "Both need the same tokenizer.")  # fmt: skip
     check(ahead >= 1, "ahead", ahead, "at least 1")
     check(config.repetition_penalty == 1, "repetition_penalty", config.repetition_penalty, "1 when speculating")
+    check_verify(verify)
     for model in (target, draft):
         check_prompts(model.lm, prompts)
     target, draft = (Model(*model.lm.for_decoding(model.params)) for model in (target, draft))
@@ -89,6 +86,11 @@ def speculate(
     static = replace(config, max_new_tokens=1, stop=())
     state = _run(target.lm, draft.lm, (target.params, draft.params), keys_B, state, static, end_ids, ahead, verify)
     return finish(prompts, state)
+
+
+def check_verify(verify: Verify) -> None:
+    """Raise `UserError` for another word."""
+    check(verify in get_args(Verify), "verify", verify, " or ".join(get_args(Verify)))
 
 
 def begin(prompts: Sequence[np.ndarray], config: SamplingConfig, ahead: int, longest: int) -> Drafting:
@@ -263,11 +265,13 @@ def append(
 ) -> Drafting:  # fmt: skip
     """Add the first `count` + 1 new tokens to each row, up to an end token or the limit, and count the pass."""
     batch, ahead = len(count_B), new_BJ.shape[1] - 1
-    places_BJ = state.length_B[:, None] + jnp.arange(ahead + 1)[None]
-    offered_BJ = jnp.arange(ahead + 1)[None] <= count_B[:, None]
-    ended_BJ = offered_BJ & jnp.isin(new_BJ, jnp.asarray(end_ids, jnp.int32))
-    kept_BJ = offered_BJ & (jnp.cumsum(ended_BJ, axis=1) == 0) & (places_BJ < state.limit_B[:, None])
-    kept_BJ &= ~state.done_B[:, None]
+    number_1J = jnp.arange(ahead + 1)[None]
+    places_BJ = state.length_B[:, None] + number_1J
+    ended_BJ = (number_1J <= count_B[:, None]) & jnp.isin(new_BJ, jnp.asarray(end_ids, jnp.int32))
+    # What lies beyond an end or the limit was not on offer; an end that was drafted is kept, though it is not text.
+    open_BJ = (jnp.cumsum(ended_BJ, axis=1) - ended_BJ == 0) & (places_BJ < state.limit_B[:, None])
+    open_BJ &= ~state.done_B[:, None]
+    kept_BJ = open_BJ & ~ended_BJ & (number_1J <= count_B[:, None])
     at = jnp.arange(batch)[:, None], jnp.where(kept_BJ, places_BJ, state.tokens_BS.shape[1])
     length_B = state.length_B + jnp.sum(kept_BJ, axis=1, dtype=jnp.int32)
     return replace(
@@ -277,6 +281,6 @@ def append(
         length_B=length_B,
         done_B=state.done_B | jnp.any(ended_BJ, axis=1) | (length_B >= state.limit_B),
         passes=state.passes + 1,
-        offered=state.offered + ahead * jnp.sum(~state.done_B, dtype=jnp.int32),
-        kept=state.kept + jnp.sum(jnp.where(state.done_B, 0, count_B), dtype=jnp.int32),
+        offered=state.offered + jnp.sum(open_BJ[:, :ahead], dtype=jnp.int32),
+        kept=state.kept + jnp.sum(open_BJ & (number_1J < count_B[:, None]), dtype=jnp.int32),
     )
