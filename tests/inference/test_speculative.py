@@ -203,7 +203,7 @@ def test_block_verification_follows_its_probabilities():
     drafted, rows = jnp.asarray([[2, 0]]), 20_000
     chance, rest = (np.asarray(x[0], np.float64) for x in block_acceptance(drafted, q, p))
     wide = lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:]))
-    count, token = keep_block(jax.random.split(jax.random.key(3), rows), wide(drafted), wide(q), wide(p))
+    count, token = keep_block(jax.random.uniform(jax.random.key(3), (rows, 3)), wide(drafted), wide(q), wide(p))
     kept = [(1 - chance[0]) * (1 - chance[1]), chance[0] * (1 - chance[1]), chance[1]]
     expected = rows * np.asarray(kept)[:, None] * rest / rest.sum(axis=1, keepdims=True)
     counted = np.bincount(3 * np.asarray(count) + np.asarray(token), minlength=9).reshape(3, 3)
