@@ -2,19 +2,22 @@
 
 Memory: temporary bytes of the compiled loss and gradient of a decoder of 9 layers in all, width 256, 8 rows of 256
 tokens, V = 32k, for n = 1, 2, 4, 8 heads; beside them those of the naive loss, which holds the logits of all heads.
-Overhead: time of a train step of configs/multi_token.py (bytes, 4 heads) over that of one head and as many layers.
+Overhead: time of a train step of configs/multi_token.py (bytes, 4 heads) over that of one head and as many layers,
+both with AdamW: Muon, the recipe's rule, takes as long in both and would hide a part of the ratio.
 Decoding: that recipe is trained into --run (as `lmlab run multi_token` does; a run that is there goes on), then texts
-that were held out are continued greedily, one at a time, by plain decoding (the sampler, on head 1 without the others)
-and with the drafts of 0 to 3 heads. The texts are compared. Timings are taken in turns. As its last line one JSON
-object: `temp_growth_n8` bytes of 8 heads over one, `overhead_n4` step time of 4 heads over one, `speedup_n4` tokens per
-second with all drafts over plain, `acceptance_n4` share of drafted tokens that were kept.
+that were held out are continued, one at a time, by plain decoding (the sampler, on head 1 without the others) and with
+the drafts of 0 to 3 heads: greedily, where the texts are compared, and at temperature 0.8. A text that repeats itself
+is easily drafted, and greedy ones do: the share of 8-grams that are distinct is printed. Timings are taken in turns. As
+its last line one JSON object: `temp_growth_n8` bytes of 8 heads over one, `overhead_n4` step time of 4 heads over one,
+`speedup_n4` tokens per second with all drafts over plain, `acceptance_n4` share of drafted tokens that were kept, both
+greedy, and the same at temperature 0.8 as `speedup_n4_warm` and `acceptance_n4_warm`.
 """
 
 import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,8 @@ COUNTS = (1, 2, 4, 8)
 """Heads whose memory is read."""
 PROMPT = 64
 """Tokens."""
+WARM = 0.8
+"""The temperature beside 0."""
 Loss = Callable[[Params, TokenBatch], Array]
 
 
@@ -101,15 +106,34 @@ def decoding(recipe: MultiToken, args: argparse.Namespace) -> dict[str, float]:
     """Tokens per second of plain decoding, and with the drafts of 0 to n - 1 heads."""
     train_heads(recipe, Path(args.run))
     run = load_heads(Path(args.run))
-    model, params, heads = run.model, run.params, run.model.heads
+    model, params = run.model, run.params
     rows = next(heads_pieces(recipe, Share(0, 1)).data.heldout()).tokens_BT
+    check(args.texts <= len(rows), "--texts", args.texts, f"at most {len(rows)}, the rows of a batch of the recipe")
     prompts = [np.asarray(row[:PROMPT], np.int32) for row in rows[: args.texts]]
-    greedy, key = SamplingConfig(temperature=0, max_new_tokens=args.new), jax.random.key(0)
-    plain = lambda: [sample(model.lm, params, [prompt], key, greedy)[0] for prompt in prompts]
-    drafted = lambda k: [self_speculate(model, params, [prompt], key, greedy, ahead=k) for prompt in prompts]
+    decode = run.text.tokenizer.decode
+    return continued(model, params, prompts, decode, 0.0, args) | {
+        f"{name}_warm": value for name, value in continued(model, params, prompts, decode, WARM, args).items()
+    }
+
+
+def distinct(texts: Sequence[Sequence[int]], size: int = 8) -> float:
+    """Share of the 8-grams of texts, each for itself, that are distinct; 1 where there are none."""
+    grams = [[tuple(text[i : i + size]) for i in range(len(text) - size + 1)] for text in texts]
+    return sum(len(set(some)) for some in grams) / sum(map(len, grams)) if any(grams) else 1.0
+
+
+def continued(
+    model: MultiTokenLM, params: Params, prompts: list[np.ndarray], decode: Callable[[Any], str], temperature: float,
+    args: argparse.Namespace,
+) -> dict[str, float]:  # fmt: skip
+    """The table of one temperature. Above 0 all arms draw from the same distribution, but not the same texts."""
+    heads, key = model.heads, jax.random.key(0)
+    config = SamplingConfig(temperature=temperature, max_new_tokens=args.new)
+    plain = lambda: [sample(model.lm, params, [prompt], key, config)[0] for prompt in prompts]
+    drafted = lambda k: [self_speculate(model, params, [prompt], key, config, ahead=k) for prompt in prompts]
     wanted = [one.tokens.tolist() for one in plain()]
-    first = run.text.tokenizer.decode(wanted[0])
-    print(f"{len(prompts)} texts, {args.new} tokens each; the first goes on: {first!r:.200}")
+    print(f"temperature {temperature}: {len(prompts)} texts of {args.new} tokens, of whose 8-grams "
+          f"{distinct(wanted):.2f} are distinct; the first goes on: {decode(wanted[0])!r:.200}")  # fmt: skip
     names = [f"{k + 1} heads" for k in range(heads)]
     arms = {name: (lambda k=k: drafted(k)) for k, name in enumerate(names)}
     times = take_turns({"plain": plain, **arms}, args.rounds)
@@ -130,7 +154,8 @@ def overhead(recipe: MultiToken, args: argparse.Namespace) -> dict[str, float]:
     """Time of a step of n heads over one of as many layers with one head."""
     arms = {}
     for heads in (1, recipe.heads):
-        pieces = heads_pieces(replace(recipe, heads=heads), Share(0, 1))
+        adamw = replace(recipe.optim, rule="adamw")
+        pieces = heads_pieces(replace(recipe, heads=heads, optim=adamw), Share(0, 1))
         step = jax.jit(make_step(pieces.objective, pieces.tx), donate_argnums=0)
         held = [init_state(pieces.lm.init, pieces.tx, 0)]
         batch = next(iter(pieces.data.train.batches(0, 1)))
@@ -143,7 +168,7 @@ def overhead(recipe: MultiToken, args: argparse.Namespace) -> dict[str, float]:
     times = take_turns(arms, args.rounds)
     ratio = median_ratio(times[f"n = {recipe.heads}"], times["n = 1"])
     middles = ", ".join(f"{name} {1e3 * statistics.median(seconds):.0f} ms" for name, seconds in times.items())
-    print(f"a train step: {middles}; ratio {ratio:.3f}")
+    print(f"a train step with AdamW: {middles}; ratio {ratio:.3f}")
     return {f"overhead_n{recipe.heads}": round(ratio, 3)}
 
 

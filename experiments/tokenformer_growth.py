@@ -15,7 +15,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import numpy as np
 import tyro
 
 from lmlab.cli import exit_code
+from lmlab.core.errors import check
 from lmlab.core.rng import key_for
 from lmlab.core.types import Array, Params, TokenBatch
 from lmlab.data.config import DataConfig
@@ -73,6 +74,11 @@ class Options:
     more: int = 48
     """And after."""
 
+    def __post_init__(self) -> None:
+        """Check the budgets."""
+        rising = all(a < b for a, b in itertools.pairwise((0, *self.budgets)))
+        check(bool(self.budgets) and rising, "--budgets", self.budgets, "numbers of steps, the least first")
+
 
 MODEL = TokenFormerConfig(vocab_size=257, layers=2, width=32, max_length=32, attention=AttentionConfig(heads=2))
 ROWS, LENGTH, HELD_OUT = 16, 32, 2048
@@ -105,16 +111,10 @@ def train(
 ) -> tuple[Params, Curve]:  # fmt: skip
     """The parameters after training on the batches of these steps, and held-out losses after `looks` of them.
 
-    params: [A, S, ...] of A arms with S seeds each; the curves hold A lists of S, one after the other.
+    params: [S, ...] of S seeds.
     """
-    lm = tokenformer(config)
-    tx = build_optimizer(OptimConfig(schedule=ScheduleConfig(peak=peak)), lm.axes, len(steps))
-    one = make_step(next_token(lm), tx)
-    arms = jax.vmap(jax.vmap(lambda state, batch: one(state, batch)[0]), (0, None))
-    advance = jax.jit(lambda states, rows: jax.lax.scan(lambda s, batch: (arms(s, batch), None), states, rows)[0])
-    keys = jax.random.split(jax.random.key(0), jax.tree.leaves(params)[0].shape[:2])
-    states: State = jax.jit(jax.vmap(jax.vmap(lambda p, key: new_state(p, tx, key))))(params, keys)
-    measure = held_out_loss(text, config)
+    first, advance = training(config, peak, len(steps))
+    states = first(params, jax.random.split(jax.random.key(0), len(jax.tree.leaves(params)[0])))
     curve, now = {}, 0
     # One length of scan for all, so that it is compiled once.
     count = math.gcd(*looks, len(steps), 100)
@@ -122,30 +122,41 @@ def train(
         while now < look:
             states = advance(states, text.rows(steps[now], count))
             now += count
-        curve[look] = measure(states.params)
+        curve[look] = held_out_loss(config)(states.params, text.held_out).tolist()
     return states.params, curve
 
 
-def held_out_loss(text: Text, config: TokenFormerConfig) -> Callable[[Params], list[float]]:
-    """Held-out loss of every member, in nats a byte."""
+@cache
+def training(config: TokenFormerConfig, peak: float, steps: int) -> tuple[Callable[..., State], Callable[..., State]]:
+    """`first(params, keys)` and `advance(states, rows)` of all seeds; arms that train alike share what is compiled."""
+    lm = tokenformer(config)
+    tx = build_optimizer(OptimConfig(schedule=ScheduleConfig(peak=peak)), lm.axes, steps)
+    one = make_step(next_token(lm), tx)
+    seeds = jax.vmap(lambda state, batch: one(state, batch)[0])
+    advance = jax.jit(lambda states, rows: jax.lax.scan(lambda s, batch: (seeds(s, batch), None), states, rows)[0])
+    return jax.jit(jax.vmap(lambda params, key: new_state(params, tx, key))), advance
+
+
+@cache
+def held_out_loss(config: TokenFormerConfig) -> Callable[[Params, TokenBatch], Array]:
+    """Held-out loss of every seed, in nats a byte."""
     evaluation = make_evaluation(next_token(tokenformer(config)))
 
-    def loss(params: Params) -> Array:
-        return ratio_value(next(iter(evaluation(params, text.held_out, jax.random.key(0)).losses.values())))
+    def loss(params: Params, batch: TokenBatch) -> Array:
+        return ratio_value(next(iter(evaluation(params, batch, jax.random.key(0)).losses.values())))
 
-    every = jax.jit(jax.vmap(lambda arm: jax.lax.map(loss, arm)))
-    return lambda params: np.asarray(every(params)).ravel().tolist()
+    return jax.jit(lambda params, batch: jax.lax.map(lambda seed: loss(seed, batch), params))
 
 
 def run(options: Options) -> dict[str, Any]:
     """Train every arm; all that is printed and drawn."""
     if options.smoke:
-        options = replace(options, seeds=2, base=8, grown=4, budgets=(4,))
+        options = replace(options, seeds=2, base=4, grown=4, budgets=(4,))
     learn = partial(train, read_text(options), options.peak)
     small = replace(MODEL, parameter_tokens=ParameterTokens(options.tokens))
     counts = replace(MODEL, parameter_tokens=ParameterTokens(options.more)).counts
-    keys = jax.random.split(jax.random.key(1), (1, options.seeds))
-    begin = lambda config: jax.jit(jax.vmap(jax.vmap(tokenformer(config).init)))(keys)
+    keys = jax.random.split(jax.random.key(1), options.seeds)
+    begin = lambda config: jax.jit(jax.vmap(tokenformer(config).init))(keys)
 
     say("the small model")
     base, before = learn(small, begin(small), range(options.base), [])
@@ -153,16 +164,10 @@ def run(options: Options) -> dict[str, Any]:
     looks = sorted({0, *(look for look in (10, 30, 60, 100, 150) if look < options.grown)})
     arms = {"small model, trained on": learn(small, base, after, looks)[1]}
     dead = {}
-    for tau in ("keep", "follow"):
-        chosen = {name: growth for name, growth in GROWTHS.items() if growth.tau == tau}
-        say("; ".join(chosen))
-        grown = [_grown(small, counts, base, growth) for growth in chosen.values()]
-        params = jax.tree.map(lambda *x: jnp.concatenate(x), *(params for _, params in grown))
-        params, curve = learn(grown[0][0], params, after, looks)
-        for i, name in enumerate(chosen):
-            mine = slice(i * options.seeds, (i + 1) * options.seeds)
-            arms[name] = {step: losses[mine] for step, losses in curve.items()}
-            dead[name] = float(jnp.max(jnp.abs(params["layers"]["ffn"]["keys"][i, ..., small.counts.ffn :])))
+    for name, growth in GROWTHS.items():
+        say(name)
+        params, arms[name] = learn(*_grown(small, counts, base, growth), after, looks)
+        dead[name] = float(jnp.max(jnp.abs(params["layers"]["ffn"]["keys"][..., small.counts.ffn :])))
     large = replace(MODEL, parameter_tokens=counts)
     scratch = {}
     for budget in options.budgets:
@@ -178,9 +183,9 @@ def _grown(
     small: TokenFormerConfig, counts: ParameterTokens, base: Params, growth: GrowthConfig
 ) -> tuple[TokenFormerConfig, Params]:  # fmt: skip
     config = grown_config(small, counts, growth)
-    keys = jax.random.split(key_for(jax.random.key(2), "growth"), jax.tree.leaves(base)[0].shape[:2])
+    keys = jax.random.split(key_for(jax.random.key(2), "growth"), len(jax.tree.leaves(base)[0]))
     grow = lambda params, key: grow_params(params, small, config, key, growth)
-    return config, jax.jit(jax.vmap(jax.vmap(grow)))(base, keys)
+    return config, jax.jit(jax.vmap(grow))(base, keys)
 
 
 def _early(steps: int) -> int:
@@ -190,19 +195,20 @@ def _early(steps: int) -> int:
 def saved(result: dict[str, Any]) -> dict[str, Any]:
     """What a large model from nothing costs to reach the mean loss of the grown one, over what growing costs.
 
-    Steps from nothing are interpolated between budgets in the logarithm of the steps; None: no budget reaches it.
+    Steps from nothing are interpolated between budgets in the logarithm of the steps; "known" says where they are not.
     """
     options, cost = result["options"], result["flops_per_token"]
     target = float(np.mean(result["arms"][PAPER][options["grown"]]))
     points = [(steps, float(np.mean(curve[steps]))) for steps, curve in result["scratch"].items()]
     steps = next((_between(a, b, target) for a, b in itertools.pairwise(points) if b[1] <= target), None)
+    known = "by interpolation" if steps else "not: no budget reaches the target"
     if points[0][1] <= target:
-        steps = float(points[0][0])
+        steps, known = float(points[0][0]), "as an upper bound: the least budget reaches the target"
     stage = options["grown"] * cost["large"]
     whole = stage + options["base"] * cost["small"]
     ratio = lambda spent: None if steps is None else round(steps * cost["large"] / spent, 2)
-    return {"target loss": target, "steps from nothing": steps and round(steps), "over the stage": ratio(stage),
-            "over the small model and the stage": ratio(whole)}  # fmt: skip
+    return {"target loss": target, "steps from nothing": steps and round(steps), "known": known,
+            "over the stage": ratio(stage), "over the small model and the stage": ratio(whole)}  # fmt: skip
 
 
 def _between(a: tuple[int, float], b: tuple[int, float], target: float) -> float:

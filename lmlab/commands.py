@@ -1,7 +1,6 @@
-"""The commands of the command line: their options, and what they do. JAX is imported inside of them, so that help is
-there at once.
-"""
+"""The commands of the command line: options, what they do. JAX is imported inside, so that help is there at once."""
 
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from lmlab.core.errors import check
-from lmlab.inference.config import SamplingConfig
+from lmlab.inference.config import SamplingConfig, Verify
 from lmlab.models.config import GrowthConfig
 from lmlab.ordering import Order, order
 from lmlab.recipe import RUNS, Grown, MultiToken, Pretrain, load_recipe
@@ -74,6 +73,8 @@ class Generate:
     """Tokens that it drafts at once."""
     heads: int = 0
     """Of a run with several heads: decode with so many, of which all but the first draft; 0: with the first alone."""
+    verify: Verify = "token"
+    """With --draft or --heads, keep drafted tokens one by one, or as many of the draft as can be (a few more)."""
     seed: int = 0
     """Seed of the samples."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -153,6 +154,8 @@ def run(args: Run) -> int:
     from lmlab.pretrain import pretrain
 
     config, name = args.config, Path(args.recipe).stem
+    check(not isinstance(config, Grown), "recipe", args.recipe, "a recipe Pretrain or MultiToken, not Grown",
+          "A model grows by lmlab grow RUN --to RECIPE, where the recipe is a Pretrain.")  # fmt: skip
     method = partial(train_heads, config) if isinstance(config, MultiToken) else partial(pretrain, config)
     return train(method, config.train.steps, args.out or str(RUNS / name), args.profile, args.hosts)
 
@@ -203,14 +206,15 @@ def generate(args: Generate) -> int:
     check(not args.heads or not (args.draft or args.chat), "--heads", args.heads, "neither --draft nor --chat with it")
     key, prompts = jax.random.key(args.seed), [prompt for prompt in args.prompt for _ in range(args.samples)]
     if args.heads:
-        texts = heads_text(load_heads(Path(args.model)), prompts, key, args.sampling, args.heads)
+        texts = heads_text(load_heads(Path(args.model)), prompts, key, args.sampling, args.heads, args.verify)
     else:
         model = load_model(Path(args.model), args.dtype)
         if args.chat:
             talk(model, [prompt for prompt in args.prompt if prompt], args.system, key, args.sampling)
             return 0
         if args.draft:
-            texts = draft_text(model, load_model(Path(args.draft), args.dtype), prompts, key, args.sampling, args.ahead)
+            how = key, args.sampling, args.ahead, args.verify
+            texts = draft_text(model, load_model(Path(args.draft), args.dtype), prompts, *how)
         else:
             drawn = sample_text(model.lm, model.params, tokenizer_of(model), prompts, key, args.sampling)
             texts = [text for text, _ in drawn]
@@ -260,8 +264,6 @@ def report(args: Report) -> int:
 
 def plan(args: Plan) -> int:
     """Print the plan. The devices of this machine are not touched: shapes are traced on its CPU."""
-    import os
-
     os.environ["JAX_PLATFORMS"] = "cpu"
     from lmlab.plan.command import plan
 
@@ -273,8 +275,6 @@ def doctor(args: Doctor) -> int:
     """Print versions and devices, and try a matmul on each device; or, of a recipe, the table of shardings."""
     check(bool(args.config) or not args.mesh, "mesh", args.mesh, "a recipe beside it", "Add --config RECIPE.")
     if args.config:
-        import os
-
         os.environ["JAX_PLATFORMS"] = "cpu"
         from lmlab.plan.command import shardings
 

@@ -18,6 +18,7 @@ from lmlab.models.lm import LM
 from lmlab.optim.chain import build_optimizer
 from lmlab.pretrain import build_objective
 from lmlab.recipe import SFT, ResolvedSFT
+from lmlab.runs import begun
 from lmlab.train.hosts import all_do
 from lmlab.train.parallel import Share
 from lmlab.train.state import State, loaded_state
@@ -26,11 +27,14 @@ from lmlab.training import Outcome, Pieces, build_lm, train_run
 
 def sft(config: SFT, folder: Path, profile: tuple[int, int] | None = None) -> Outcome:
     """Fine-tune the source into a run folder, or go on with the run that is there. See `train_run`."""
-    return train_run(config, folder, partial(_begin, config), profile)
+    return train_run(config, folder, partial(_begin, config, folder), profile)
 
 
-def _begin(config: SFT, share: Share) -> Pieces:
-    """The pieces, with the parameters of the source."""
+def _begin(config: SFT, folder: Path, share: Share) -> Pieces:
+    """The pieces, with the parameters of the source, which is not read where the run goes on."""
+    if was := begun(folder, ResolvedSFT):
+        same = ResolvedSFT(**vars(config), model=replace(was.model, execution=config.execution))
+        return sft_pieces(same, read_tokenizer_files(folder), share)
     model = open_model(Path(config.source), config.execution, config.optim.parameters)
     text = with_template(model.text, config)
     resolved = ResolvedSFT(**vars(config), model=model.config)

@@ -12,6 +12,7 @@ from lmlab.core.rng import key_for
 from lmlab.core.types import Params
 from lmlab.data.open import open_data
 from lmlab.loading import Opened, open_model
+from lmlab.models.config import ModelConfig
 from lmlab.models.flops import further_heads_flops_per_token
 from lmlab.models.heads import add_heads, drop_heads
 from lmlab.objectives.multi_token import multi_token
@@ -19,7 +20,7 @@ from lmlab.optim.chain import build_optimizer
 from lmlab.optim.precision import cast_parameters
 from lmlab.pretrain import compare, draw_continuations, with_vocabulary
 from lmlab.recipe import MultiToken
-from lmlab.runs import build_heads
+from lmlab.runs import begun, build_heads
 from lmlab.train.hosts import all_do
 from lmlab.train.parallel import Share
 from lmlab.train.state import State, new_state
@@ -28,7 +29,8 @@ from lmlab.training import Outcome, Pieces, train_run
 
 def train_heads(config: MultiToken, folder: Path, profile: tuple[int, int] | None = None) -> Outcome:
     """Train what the recipe says into a run folder, or go on with the run that is there. See `train_run`."""
-    return train_run(config, folder, partial(_begin if config.source else heads_pieces, config), profile)
+    build = partial(_begin, config, folder) if config.source else partial(heads_pieces, config)
+    return train_run(config, folder, build, profile)
 
 
 def heads_pieces(config: MultiToken, share: Share) -> Pieces:
@@ -52,11 +54,12 @@ def heads_pieces(config: MultiToken, share: Share) -> Pieces:
     )  # fmt: skip
 
 
-def _begin(config: MultiToken, share: Share) -> Pieces:
-    """The pieces, with the parameters of the source under head 1."""
+def _begin(config: MultiToken, folder: Path, share: Share) -> Pieces:
+    """The pieces, with the parameters of the source under head 1; it is not read where the run goes on."""
+    if was := begun(folder, MultiToken):
+        return heads_pieces(_with_vocabulary_of(was.model, config), share)
     source = open_model(Path(config.source), config.model.execution, config.optim.parameters)
-    vocab = config.model.vocab_size or source.config.vocab_size
-    pieces = heads_pieces(replace(config, model=replace(config.model, vocab_size=vocab)), share)
+    pieces = heads_pieces(_with_vocabulary_of(source.config, config), share)
     resolved = pieces.config
     assert isinstance(resolved, MultiToken)
     _check_source(resolved, source, pieces.data.tokenizer.fingerprint)
@@ -71,6 +74,11 @@ def _begin(config: MultiToken, share: Share) -> Pieces:
         return jax.jit(first_state, out_shardings=shardings)(params)
 
     return replace(pieces, load=load, origin=f"from {config.source}")
+
+
+def _with_vocabulary_of(model: ModelConfig, config: MultiToken) -> MultiToken:
+    vocab = config.model.vocab_size or model.vocab_size
+    return replace(config, model=replace(config.model, vocab_size=vocab))
 
 
 def _check_source(config: MultiToken, source: Opened, tokenizer: str) -> None:

@@ -85,6 +85,8 @@ class MultiToken(Pretrain):
     def __post_init__(self) -> None:
         """Check that the heads fit the model, and their weights the heads."""
         super().__post_init__()
+        check(self.heads == 1 or self.data.packing != "whole", "data.packing", self.data.packing,
+              "concat or pad with several heads: heads - 1 tokens of a row would be no labels of head 1")  # fmt: skip
         check(len(self.objective.head_weights) in (0, self.several.heads), "objective.head_weights",
               self.objective.head_weights, f"a weight for each of the {self.heads} heads, or none")  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 
@@ -14,9 +15,11 @@ from lmlab.models.lm import LM, MultiTokenLM
 from lmlab.optim.precision import cast_parameters
 from lmlab.recipe import MultiToken, Pretrain, ResolvedSFT
 from lmlab.train.checkpoint import finish, restore_params
-from lmlab.train.folder import read_config
+from lmlab.train.folder import is_run, read_config
 from lmlab.train.parallel import with_shardings
-from lmlab.training import build_lm, load_checkpoints
+from lmlab.training import CHECKPOINTS, build_lm, load_checkpoints
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,22 @@ def load_heads(folder: Path) -> LoadedHeads:
     shapes = jax.eval_shape(model.lm.init, jax.random.key(0))
     _, params = _newest(folder, with_shardings(shapes, first_device(model.lm, shapes)), {})
     return LoadedHeads(config, model, params, read_tokenizer_files(folder))
+
+
+def has_saved(folder: Path) -> bool:
+    """Whether a run folder holds a checkpoint."""
+    return any(path.name.isdecimal() for path in (folder / CHECKPOINTS).glob("*"))
+
+
+def begun(folder: Path, recipe: type[R]) -> R | None:
+    """The config of a run of this kind of recipe that goes on from a checkpoint of its own; None: there is none here.
+
+    Such a run needs nothing more of the model that it began as, which may be gone.
+    """
+    if not (has_saved(folder) and is_run(folder)):
+        return None
+    config = read_config(folder)
+    return config if isinstance(config, recipe) else None
 
 
 def alone(config: Pretrain | ResolvedSFT) -> Pretrain | ResolvedSFT:

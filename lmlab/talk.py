@@ -9,7 +9,7 @@ import numpy as np
 from lmlab.core.errors import UserError, check
 from lmlab.core.types import Key
 from lmlab.data.chat import encode_chat_prompt
-from lmlab.inference.config import SamplingConfig
+from lmlab.inference.config import SamplingConfig, Verify
 from lmlab.inference.sample import Sample
 from lmlab.inference.self_speculative import self_speculate
 from lmlab.inference.speculative import Model, speculate
@@ -80,8 +80,9 @@ def _lines(lines: Sequence[str], ask: Callable[[], str | None]) -> Iterator[str]
 
 
 def draft_text(
-    target: Pretrained, draft: Pretrained, prompts: Sequence[str], key: Key, config: SamplingConfig, ahead: int
-) -> list[str]:
+    target: Pretrained, draft: Pretrained, prompts: Sequence[str], key: Key, config: SamplingConfig, ahead: int,
+    verify: Verify = "token",
+) -> list[str]:  # fmt: skip
     """Continuations by speculative decoding. Raises `UserError` where the two cut text in different ways."""
     codec, other = tokenizer_of(target), tokenizer_of(draft)
     tokens = encode_prompts(codec, prompts)
@@ -90,18 +91,20 @@ def draft_text(
     )
     check(same, "draft", "another tokenizer", "that of the model")
     models = Model(target.lm, target.params), Model(draft.lm, draft.params)
-    drawn = speculate(*models, tokens, key, config, ahead=ahead, end_ids=codec.end_ids).samples
+    drawn = speculate(*models, tokens, key, config, ahead=ahead, verify=verify, end_ids=codec.end_ids).samples
     return _texts(codec, tokens, drawn, config)
 
 
 def heads_text(
-    run: LoadedHeads, prompts: Sequence[str], key: Key, config: SamplingConfig, heads: int
+    run: LoadedHeads, prompts: Sequence[str], key: Key, config: SamplingConfig, heads: int, verify: Verify = "token"
 ) -> list[str]:  # fmt: skip
     """Continuations by head 1, drafted by heads 2 to `heads`. Raises `UserError` where the model has fewer."""
     check(1 <= heads <= run.model.heads, "--heads", heads, f"1 to {run.model.heads}, the heads of the model")
     codec = run.text.tokenizer
     tokens = encode_prompts(codec, prompts)
-    drawn = self_speculate(run.model, run.params, tokens, key, config, ahead=heads - 1, end_ids=codec.end_ids).samples
+    drawn = self_speculate(
+        run.model, run.params, tokens, key, config, ahead=heads - 1, verify=verify, end_ids=codec.end_ids
+    ).samples
     return _texts(codec, tokens, drawn, config)
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from benchmarks import multi_token as benchmark
 from experiments import multi_token as experiment
-from lmlab.data.synthetic import one_document_a_row
+from lmlab.data.synthetic import PAD, one_document_a_row, polynomial_rows
 from lmlab.models.heads import multi_token_lm
 from lmlab.models.heads_config import MultiTokenConfig
 from lmlab.objectives.multi_token import multi_token
@@ -28,6 +29,7 @@ def test_the_experiment_runs_and_writes_what_it_found(tmp_path, capsys):
     sizes = {arm: found["parameters"] for arm, found in result["induction"].items()}
     assert sizes["n = 1"] == sizes["n = 2"] < sizes["n = 2, trunk not reduced"]
     assert len({found["parameters"] for found in result["polynomials"].values()}) == 1
+    assert experiment.Options().out != "runs/multi_token"  # where the recipe of that name is trained
     assert (tmp_path / "multi_token.svg").read_text().startswith("<?xml")
     assert "polynomials, exact" in capsys.readouterr().out
 
@@ -53,6 +55,32 @@ def test_the_control_teaches_its_first_head_alone():
     assert ours["head_2"].sum == pytest.approx(float(real["head_2"].sum), rel=1e-6)
 
 
+def test_what_is_looked_at_is_not_in_the_pool():
+    rng = np.random.default_rng(0)
+    test, pool = (polynomial_rows(rng, [1, 2] * 8, lookahead) for lookahead in (0, 3))
+    both = jax.tree.map(lambda x, y: jnp.concatenate([x[:5], jnp.pad(y, ((0, 0), (0, 3)))[:7], x[5:]]), pool, test)
+    both = both.replace(tokens_BT=both.tokens_BT.at[5:12, -3:].set(PAD))
+    chex.assert_trees_all_equal(experiment.without(both, test), pool)
+    task = experiment.polynomials(experiment.Options(pool=8192, held_out=1024, rows=8192))
+    rng, text = np.random.default_rng(0), lambda row: row[row != PAD].tobytes()
+    tests = {text(row) for m in (1, 2) for row in np.asarray(polynomial_rows(rng, [m] * 1024).tokens_BT)}
+    learnt = {text(row) for row in np.asarray(task.batch(jax.random.key(0), jnp.asarray(0)).tokens_BT)}
+    assert len(tests) > 2000
+    assert tests.isdisjoint(learnt)
+
+
+@pytest.mark.parametrize("words", [["--every", "0"], ["--steps", "250"], ["--polynomial-steps", "50"]])
+def test_looks_that_miss_the_end_are_refused(words, capsys):
+    assert experiment.main(words) == 2
+    assert f"{words[0]} = {words[1]}" in capsys.readouterr().err
+
+
+def test_the_share_of_distinct_grams():
+    assert benchmark.distinct([[1] * 10]) == pytest.approx(1 / 3)
+    assert benchmark.distinct([list(range(10)), [1] * 10]) == pytest.approx(4 / 6)
+    assert benchmark.distinct([[1, 2]]) == 1
+
+
 TINY = """
 from lmlab.data.config import DataConfig, Files
 from lmlab.models.config import AttentionConfig, TransformerConfig
@@ -61,9 +89,9 @@ from lmlab.train.config import ParallelConfig, TrainConfig
 
 def recipe():
     return MultiToken(
-        model=TransformerConfig(layers=5, width=16, max_length=256, attention=AttentionConfig(heads=2)),
+        model=TransformerConfig(layers=3, width=8, max_length=128, attention=AttentionConfig(heads=1)), heads=2,
         data=DataConfig(sources={"text": Files("corpus.jsonl", heldout_percent=20)}, length=64, batch_size=2),
-        train=TrainConfig(steps=2, eval_every=2, sample_every=0), parallel=ParallelConfig(data=1),
+        train=TrainConfig(steps=1, eval_every=1, sample_every=0), parallel=ParallelConfig(data=1),
         eval=EvalConfig(batches=1, prompts=(), baselines=False),
     )
 """
@@ -78,7 +106,13 @@ def test_the_benchmark_ends_in_its_numbers(capsys, tmp_path, monkeypatch):
     assert benchmark.main([*words, "--vocabulary", "512", "--memory-length", "8"]) == 0
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
-    assert set(result) == {"temp_growth_n2", "speedup_n4", "acceptance_n4", "overhead_n4"}
+    warm = {"speedup_n2_warm", "acceptance_n2_warm"}
+    assert set(result) == {"temp_growth_n2", "speedup_n2", "acceptance_n2", "overhead_n2", *warm}
     assert all(value >= 0 for value in result.values())
-    assert out.count(" 1/1\n") == 4
+    greedy, other = out.split("temperature 0.8: ")
+    assert greedy.count(" 1/1\n") == 2
+    for said in (greedy.split("temperature 0.0: ")[1], other):
+        assert "of whose 8-grams 1.00 are distinct" in said  # five tokens have none
+    assert benchmark.main([*words, "--parts", "decoding", "--texts", "3"]) == 2
+    assert "--texts = 3: expected at most 2" in capsys.readouterr().err
     assert benchmark.main([*words, "--parts", "memory", "speed"]) == 2

@@ -14,10 +14,12 @@ import pytest
 from test_sft import TEMPLATE, WORDS, write_chats
 from tiny_run import RECIPE, contents, one_line, rows
 
+import lmlab.talk
 import lmlab.training
 from experiments.sft import main as sft
 from lmlab.cli import main
 from lmlab.core.errors import UserError
+from lmlab.inference.speculative import Speculated
 from lmlab.interop.pretrained import load_pretrained
 from lmlab.loading import load_model, open_model
 from lmlab.models.config import ExecutionConfig
@@ -29,15 +31,15 @@ from lmlab.recipe import MultiToken, load_recipe
 from lmlab.runs import load_heads, load_run
 from lmlab.testing.tiny import tiny_config
 
-HEADS = RECIPE.replace("EvalConfig, Pretrain", "EvalConfig, MultiToken").replace("Pretrain(", "MultiToken(heads=3,")
-HEADS = HEADS.replace("layers=2", "layers=4")
+HEADS = RECIPE.replace("EvalConfig, Pretrain", "EvalConfig, MultiToken").replace("Pretrain(", "MultiToken(heads=2,")
+HEADS = HEADS.replace("layers=2", "layers=3")
 TRAIN = ["run", "heads.py", "--out", "heads"]
 GREEDY = ["--prompt", "abc", "ab", "--temperature", "0", "--max-new-tokens", "9"]
 
 
 @pytest.fixture(scope="module")
 def trained(finished, tmp_path_factory) -> Path:
-    """What `finished` holds, and beside it a run "heads" of three heads that nobody touched."""
+    """What `finished` holds, and beside it a run "heads" of two heads that nobody touched."""
     folder = tmp_path_factory.mktemp("heads") / "place"
     shutil.copytree(finished, folder)
     (folder / "heads.py").write_text(HEADS)
@@ -57,7 +59,7 @@ def here(trained, tmp_path, monkeypatch) -> Path:
 
 def test_every_head_is_reported_and_head_1_is_the_language_model(trained):
     for row in rows(trained / "heads", "train"):
-        heads = [row[f"loss/head_{i}"] for i in (1, 2, 3)]
+        heads = [row[f"loss/head_{i}"] for i in (1, 2)]
         assert row["loss"] == pytest.approx(sum(heads), rel=1e-5)
         assert row["nll"] == pytest.approx(heads[0], rel=1e-5)
         # The tokens that end a text are labels without bytes.
@@ -92,9 +94,22 @@ def test_heads_draft_what_head_1_would_have_written(here, capsys):
     assert main(["generate", "heads", *GREEDY]) == 0
     plain = capsys.readouterr().out
     assert plain.startswith("abc")
-    for heads in ("1", "2", "3"):
-        assert main(["generate", "heads", *GREEDY, "--heads", heads]) == 0
+    for words in (["1"], ["2"], ["2", "--verify", "block"]):
+        assert main(["generate", "heads", *GREEDY, "--heads", *words]) == 0
         assert capsys.readouterr().out == plain
+
+
+def test_how_drafts_are_kept_reaches_the_decoding(here, monkeypatch):
+    asked = []
+    for name in ("speculate", "self_speculate"):
+        monkeypatch.setattr(
+            lmlab.talk, name, lambda *args, **rest: asked.append(rest["verify"]) or Speculated([], 0, 0)
+        )
+    monkeypatch.setattr(lmlab.talk, "_texts", lambda *args: [""])
+    words = ["--prompt", "a", "--verify", "block"]
+    assert main(["generate", "heads", *words, "--heads", "2"]) == 0
+    assert main(["generate", "out", *words, "--draft", "out"]) == 0
+    assert asked == ["block", "block"]
 
 
 def test_a_run_is_opened_as_its_first_head(here):
@@ -116,7 +131,7 @@ def test_eval_measures_all_heads_and_export_writes_the_first(here, capsys):
     assert main(["eval", "heads"]) == 0
     said = capsys.readouterr().out
     assert f"{json.loads((here / 'heads/baselines.json').read_text())['model']:.4f}" in said
-    assert "loss/head_3" in said
+    assert "loss/head_2" in said
     assert main(["eval", "heads", "--texts", "heads.py"]) == 0
     assert main(["convert", "heads", "exported"]) == 0
     exported, run = load_pretrained(here / "exported"), load_run(here / "heads")
@@ -128,7 +143,28 @@ def test_eval_measures_all_heads_and_export_writes_the_first(here, capsys):
     )
 
 
-@pytest.mark.parametrize(("chain", "layers"), [("parallel", "4"), ("linear", "2"), ("sequential", "2")])
+def test_begun_from_a_model_and_run_again_without_it_it_is_the_same_run(here, monkeypatch, capsys):
+    words = ["run", "heads.py", "--source", "out", "--train.sample-every", "0", "--eval.no-baselines", "--out"]
+    assert main([*words, "whole"]) == 0
+    save = lmlab.training.save
+
+    def save_then_stop(*args):
+        save(*args)
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lmlab.training, "save", save_then_stop)
+        assert main([*words, "parts"]) == 128 + signal.SIGTERM
+    shutil.rmtree(here / "out")
+    assert main([*words, "parts"]) == 0
+    assert "resuming at step 3" in capsys.readouterr().out
+    assert rows(here / "parts", "train", "eval") == rows(here / "whole", "train", "eval")
+    # What is asked for is still compared with what was begun.
+    assert main([*words, "parts", "--model.width", "32"]) == 2
+    assert "model.width was 16, now 32" in one_line(capsys)
+
+
+@pytest.mark.parametrize(("chain", "layers"), [("parallel", "3"), ("linear", "2"), ("sequential", "2")])
 def test_heads_are_added_to_a_model_that_has_one(here, chain, layers, capsys):
     assert main(["eval", "out"]) == 0
     wanted = rows(here / "out", "eval")[-1]
@@ -161,8 +197,9 @@ def test_a_run_of_several_heads_is_fine_tuned_as_its_first(here):
 
 def test_a_mesh_changes_no_number(here):
     mesh = ["--parallel.data", "2", "--parallel.fsdp", "2", "--parallel.tensor", "2"]
-    words = [*TRAIN[:-1], "mesh", *mesh, "--model.vocab-size", "260"]
-    assert main(words) == main([*TRAIN[:-1], "one", "--model.vocab-size", "260"]) == 0
+    short = ["--model.vocab-size", "260", "--train.steps", "2", "--train.eval-every", "2", "--train.sample-every", "0"]
+    short += ["--eval.no-baselines"]
+    assert main([*TRAIN[:-1], "mesh", *mesh, *short]) == main([*TRAIN[:-1], "one", *short]) == 0
     for one, other in zip(rows(here / "mesh", "train"), rows(here / "one", "train"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
@@ -170,14 +207,15 @@ def test_a_mesh_changes_no_number(here):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["run", "heads.py", "--heads", "4"], "heads = 4: expected less than model.layers = 4"),
+        (["run", "heads.py", "--heads", "3"], "heads = 3: expected less than model.layers = 3"),
         (["run", "heads.py", "--heads", "0"], "heads = 0: expected at least 1"),
-        (["run", "heads.py", "--objective.head-weights", "1", "1"], "a weight for each of the 3 heads"),
-        (["run", "heads.py", "--source", "out", "--model.layers", "5"], "model.layers of head 1 = 3: expected 2"),
+        (["run", "heads.py", "--data.packing", "whole"], "data.packing = 'whole': expected concat or pad"),
+        (["run", "heads.py", "--objective.head-weights", "1", "1", "1"], "a weight for each of the 2 heads"),
+        (["run", "heads.py", "--source", "out", "--model.layers", "4"], "model.layers of head 1 = 3: expected 2"),
         (["run", "heads.py", "--source", "out", "--model.width", "32"], "model.width of head 1 = 32: expected 16"),
         (["run", "heads.py", "--source", "nowhere"], "nowhere"),
-        (["generate", "heads", "--heads", "4"], "--heads = 4: expected 1 to 3"),
-        (["generate", "heads", "--heads", "-1"], "--heads = -1: expected 1 to 3"),
+        (["generate", "heads", "--heads", "3"], "--heads = 3: expected 1 to 2"),
+        (["generate", "heads", "--heads", "-1"], "--heads = -1: expected 1 to 2"),
         (["generate", "out", "--heads", "2"], "expected a run with several heads"),
         (["generate", "heads", "--heads", "2", "--draft", "out"], "neither --draft nor --chat"),
         (["grow", "out", "--to", "heads.py"], "only models of one head grow"),
@@ -202,6 +240,7 @@ def test_another_tokenizer_is_refused(here, capsys):
 def test_a_recipe_of_several_heads():
     recipe = MultiToken(model=tiny_config(layers=4, max_length=256), heads=3)
     assert recipe.several == MultiTokenConfig(tiny_config(layers=4, max_length=256), 3)
+    assert replace(recipe, heads=1, data=replace(recipe.data, packing="whole")).heads == 1
     with pytest.raises(UserError, match="head_weights"):
         replace(recipe, objective=MultiTokenLossConfig(head_weights=(1.0,)))
 

@@ -99,7 +99,7 @@ def test_the_run_begins_as_its_source_and_learns(tuned):
     assert losses[0] == pytest.approx(nll / count, rel=1e-5)
 
 
-def test_interrupted_and_run_again_is_the_run_that_nobody_touched(here, tuned, monkeypatch, capsys):
+def test_interrupted_and_run_again_without_its_source_it_is_the_same_run(here, tuned, monkeypatch, capsys):
     draw = lmlab.training.draw_samples
 
     def draw_then_stop(pieces, folder, say, step, params):
@@ -111,6 +111,8 @@ def test_interrupted_and_run_again_is_the_run_that_nobody_touched(here, tuned, m
     with monkeypatch.context() as patch:
         patch.setattr(lmlab.training, "draw_samples", draw_then_stop)
         assert main(words) == 128 + signal.SIGTERM
+    # What it began as is needed no more.
+    shutil.rmtree(here / "model")
     assert main(words) == 0
     assert "resuming at step 4" in capsys.readouterr().out
     assert rows(here / "again", "train", "eval") == rows(tuned / "out", "train", "eval")

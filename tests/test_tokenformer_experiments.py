@@ -38,9 +38,20 @@ def test_cost_saved_is_interpolated_in_the_logarithm_of_the_steps():
     assert found["steps from nothing"] == 20
     assert found["over the stage"] == 2.0
     assert found["over the small model and the stage"] == 1.0
+    assert found["known"] == "by interpolation"
     never = growth.saved(result | {"scratch": {10: {10: [3.0]}, 40: {40: [2.0]}}})
     assert never["steps from nothing"] is None
     assert never["over the stage"] is None
+    assert never["known"] == "not: no budget reaches the target"
+    soon = growth.saved(result | {"scratch": {10: {10: [1.4]}, 40: {40: [1.0]}}})
+    assert soon["steps from nothing"] == 10
+    assert soon["known"].startswith("as an upper bound")
+
+
+@pytest.mark.parametrize("budgets", [["400", "200"], ["200", "200"], ["0", "200"], []])
+def test_budgets_that_do_not_rise_are_refused(budgets, capsys):
+    assert growth.main(["--budgets", *budgets]) == 2
+    assert "--budgets" in capsys.readouterr().err
 
 
 def test_digits_at_a_few_steps(tmp_path, capsys):

@@ -22,9 +22,9 @@ def induction_chain(key: Key) -> Array:
 def induction_rows(key: Key, chain: Array, rows: int, length: int) -> tuple[TokenBatch, Array]:
     """Documents in which two fresh names of two tokens each return in random text, after arXiv 2404.19737, section 4.1.
 
-    A name's second token cannot be guessed when the name comes first, and is certain from then on: what a head that
-    looks back finds (induction). Vocabulary: 16 filler tokens, then 32 name tokens. Returns rows of one document each,
-    and bool [B, T]: true at second tokens of names that came before.
+    A name's second token cannot be guessed when the name comes first, and is found from then on by a head that
+    looks back (induction); where both names begin alike, as one of two. Vocabulary: 16 filler tokens, then 32 name
+    tokens. Returns rows of one document each, and bool [B, T]: true at second tokens of names that came before.
     """
 
     def document(key: Key) -> tuple[Array, Array]:

@@ -1,8 +1,13 @@
 """How tokens are drawn. Imports no JAX."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from lmlab.core.errors import check
+
+Verify = Literal["token", "block"]
+"""Whether drafted tokens are kept one after another (arXiv 2211.17192), or as many as can be of the whole draft (block
+verification, arXiv 2403.10444). Both leave the distribution as it is; greedy, they are the same."""
 
 
 @dataclass(frozen=True)

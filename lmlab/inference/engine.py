@@ -68,15 +68,22 @@ def resize(lm: LM, state: Decoding, room: int) -> Decoding:
     )
 
 
-def read_prompts(lm: LM, params: Params, prompts: Sequence[np.ndarray], room: int) -> tuple[Array, Any]:
-    """Logits [N, V] of the token after each prompt, and the cache; N is the next power of two."""
+def read_prompts(
+    lm: LM, params: Params, prompts: Sequence[np.ndarray], room: int, again: int = 0
+) -> tuple[Array, Any]:  # fmt: skip
+    """Logits [N, V] of the token after each prompt, and the cache; N is the next power of two.
+
+    Prompts are read in pieces. again: tokens that a piece shares with the one before, where a model can only enter a
+    token rightly that it reads together with so many after it.
+    """
     rows = bucket(len(prompts), least=1)
     longest = max(map(len, prompts))
     tokens_NT, length_N = np.zeros((rows, longest + CHUNK), np.int32), np.zeros(rows, np.int32)
     for row, prompt in enumerate(prompts):
         tokens_NT[row, : len(prompt)], length_N[row] = prompt, len(prompt)
     logits_NV, cache = _empty(lm, rows, room)
-    for start in range(0, longest, CHUNK):
+    for start in range(0, max(longest - again, 1), CHUNK - again):
+        cache = lm.rewind(cache, jnp.full(rows, start, jnp.int32)) if again and start else cache
         width = min(CHUNK, bucket(longest - start), lm.max_length)
         held_N = np.clip(length_N - start, 0, width)
         logits_NV, cache = _read(lm, params, logits_NV, cache, tokens_NT[:, start : start + width], held_N)

@@ -13,19 +13,19 @@ import numpy as np
 
 from lmlab.core.errors import check
 from lmlab.core.types import Array, Key, Params
-from lmlab.inference.config import SamplingConfig
-from lmlab.inference.draw import draw_tokens
+from lmlab.inference.config import SamplingConfig, Verify
+from lmlab.inference.draw import tokens_at
 from lmlab.inference.engine import read_prompts
 from lmlab.inference.sample import check_prompts
 from lmlab.inference.speculative import (
     Drafting,
     Speculated,
-    Verify,
     append,
     begin,
+    check_verify,
     finish,
     probabilities,
-    round_keys,
+    round_numbers,
     verified,
 )
 from lmlab.models.lm import MultiTokenLM
@@ -44,10 +44,11 @@ def self_speculate(
     ahead = model.heads - 1 if ahead is None else ahead
     check(0 <= ahead < model.heads, "ahead", ahead, f"0 to {model.heads - 1}: the model has {model.heads} heads")
     check(config.repetition_penalty == 1, "repetition_penalty", config.repetition_penalty, "1 when speculating")
+    check_verify(verify)
     check_prompts(model.lm, prompts)
     model, params = model.for_decoding(params)
     state = begin(prompts, config, ahead, model.lm.max_length)
-    _, cache = read_prompts(model.whole, params, prompts, state.tokens_BS.shape[1])
+    _, cache = read_prompts(model.whole, params, prompts, state.tokens_BS.shape[1], again=model.heads - 1)
     cache = model.whole.take_rows(cache, jnp.arange(len(prompts)))
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(prompts)))
     static = replace(config, max_new_tokens=1, stop=())
@@ -65,14 +66,14 @@ def _run(
 
     def one_round(state: Drafting) -> Drafting:
         drafted_BK, draft_BKV = state.draft
-        draft_keys_B, keep_keys_B = round_keys(keys_B, state.length_B)
+        draft_BJ, keep_BJ = round_numbers(keys_B, state.length_B, ahead)
         last_B = state.tokens_BS[rows, state.length_B - 1]
         read_BJ = jnp.concatenate([last_B[:, None], drafted_BK], axis=1)
         reading = model.read(params, read_BJ, cache=state.cache)
         hidden_BJD, reading = model.head(params, 1, reading, read_BJ)
         logits_BJV = model.lm.logits(params, hidden_BJD)
-        count_B, new_BJ, logprobs_BJ = verified(keep_keys_B, drafted_BK, draft_BKV, logits_BJV, config, verify)
-        draft, cache = _draft(model, params, reading, new_BJ, count_B, draft_keys_B, config, ahead)
+        count_B, new_BJ, logprobs_BJ = verified(keep_BJ, drafted_BK, draft_BKV, logits_BJV, config, verify)
+        draft, cache = _draft(model, params, reading, new_BJ, count_B, draft_BJ, config, ahead)
         state = append(state, new_BJ, logprobs_BJ, count_B, end_ids)
         # The last token is read in the next round, with the draft that follows it.
         return replace(state, cache=model.whole.rewind(cache, state.length_B - 1), draft=draft)
@@ -82,7 +83,7 @@ def _run(
 
 
 def _draft(
-    model: MultiTokenLM, params: Params, reading: Any, new_BJ: Array, place_B: Array, keys_B: Key,
+    model: MultiTokenLM, params: Params, reading: Any, new_BJ: Array, place_B: Array, uniform_BJ: Array,
     config: SamplingConfig, ahead: int,
 ) -> tuple[tuple[Array, Array], Any]:  # fmt: skip
     """K tokens drawn from heads 2 to K + 1, [B, K], what from, [B, K, V], and the cache that these heads have filled.
@@ -97,7 +98,7 @@ def _draft(
         ahead_BJ = following[:, number - 2 : number - 2 + length]
         hidden_BJD, reading = model.head(params, number, reading, ahead_BJ)
         probs_BV = probabilities(model.lm.logits(params, hidden_BJD[rows, place_B]), config)
-        token_B = draw_tokens(jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, number), jnp.log(probs_BV))
+        token_B = tokens_at(uniform_BJ[:, number - 2], jnp.log(probs_BV))
         following = following.at[rows, place_B + number - 1].set(token_B)
         tokens.append(token_B)
         drawn_from.append(probs_BV)
@@ -119,8 +120,8 @@ def _first_draft(
     reading = model.read(params, read_B1, cache=model.whole.rewind(state.cache, before_B))
     _, reading = model.head(params, 1, reading, read_B1)
     last_B1 = state.tokens_BS[rows, back][:, None]
-    keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, 0)
+    draft_BJ, _ = round_numbers(keys_B, jnp.zeros_like(before_B), ahead)
     draft, cache = _draft(
-        model, params, reading, last_B1, jnp.zeros_like(before_B), keys_B, config, ahead
+        model, params, reading, last_B1, jnp.zeros_like(before_B), draft_BJ, config, ahead
     )  # fmt: skip
     return replace(state, cache=model.whole.rewind(cache, back), draft=draft)

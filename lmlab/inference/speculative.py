@@ -5,7 +5,7 @@ keeps of it what leaves its own distribution exact.
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,12 @@ from flax import struct
 
 from lmlab.core.errors import check
 from lmlab.core.types import Array, Key, Params
-from lmlab.inference.config import SamplingConfig
-from lmlab.inference.draw import draw_tokens
+from lmlab.inference.config import SamplingConfig, Verify
+from lmlab.inference.draw import tokens_at
 from lmlab.inference.engine import bucket, read_prompts
 from lmlab.inference.filters import filter_logits
 from lmlab.inference.sample import Sample, check_prompts
 from lmlab.models.lm import LM
-
-Verify = Literal["token", "block"]
-"""Whether drafted tokens are kept one after another (arXiv 2211.17192), or as many as can be of the whole draft (block
-verification, arXiv 2403.10444). Both leave the distribution as it is; greedy, they are the same."""
 
 
 class Model(NamedTuple):
@@ -74,6 +70,7 @@ def speculate(
           f"that of the target, {target.lm.vocab_size}", "Both need the same tokenizer.")  # fmt: skip
     check(ahead >= 1, "ahead", ahead, "at least 1")
     check(config.repetition_penalty == 1, "repetition_penalty", config.repetition_penalty, "1 when speculating")
+    check_verify(verify)
     for model in (target, draft):
         check_prompts(model.lm, prompts)
     target, draft = (Model(*model.lm.for_decoding(model.params)) for model in (target, draft))
@@ -89,6 +86,11 @@ def speculate(
     static = replace(config, max_new_tokens=1, stop=())
     state = _run(target.lm, draft.lm, (target.params, draft.params), keys_B, state, static, end_ids, ahead, verify)
     return finish(prompts, state)
+
+
+def check_verify(verify: Verify) -> None:
+    """Raise `UserError` for another word."""
+    check(verify in get_args(Verify), "verify", verify, " or ".join(get_args(Verify)))
 
 
 def begin(prompts: Sequence[np.ndarray], config: SamplingConfig, ahead: int, longest: int) -> Drafting:
@@ -131,24 +133,23 @@ def residual(target_V: Array, draft_V: Array) -> Array:
     return jnp.where(total > 0, rest_V / jnp.where(total > 0, total, 1), target_V)
 
 
-def keep(keys_B: Key, drafted_BK: Array, draft_BKV: Array, target_BJV: Array) -> tuple[Array, Array]:
+def keep(uniform_BJ: Array, drafted_BK: Array, draft_BKV: Array, target_BJV: Array) -> tuple[Array, Array]:
     """How many drafted tokens are kept, [B], and the token that follows them, [B].
 
-    draft, target: probabilities after filters; the target's, J = K + 1, also of the token after the whole draft.
+    uniform: K numbers in [0, 1) for the drafted tokens, and one for the next. draft, target: probabilities after
+    filters; the target's, J = K + 1, also of the token after the whole draft.
     """
     ahead = drafted_BK.shape[1]
     chosen_BK = jnp.take_along_axis(
         acceptance(target_BJV[:, :ahead], draft_BKV), drafted_BK[..., None], axis=2
     )[..., 0]  # fmt: skip
-    uniform_BK = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), (ahead,)))(keys_B)
-    count_B = jnp.sum(jnp.cumprod((uniform_BK < chosen_BK).astype(jnp.int32), axis=1), axis=1)
+    count_B = jnp.sum(jnp.cumprod((uniform_BJ[:, :ahead] < chosen_BK).astype(jnp.int32), axis=1), axis=1)
     # After a draft that was kept whole there is nothing to subtract.
     none_B1V = jnp.zeros_like(target_BJV[:, :1])
     rest_BJV = residual(target_BJV, jnp.concatenate([draft_BKV, none_B1V], axis=1))
     next_BV = jnp.take_along_axis(rest_BJV, count_B[:, None, None], axis=1)[:, 0]
-    keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, 1)
     # log(0) is -inf, which is never drawn.
-    return count_B, draw_tokens(keys_B, jnp.log(next_BV))
+    return count_B, tokens_at(uniform_BJ[:, ahead], jnp.log(next_BV))
 
 
 def block_acceptance(drafted_BK: Array, draft_BKV: Array, target_BJV: Array) -> tuple[Array, Array]:
@@ -174,27 +175,26 @@ def block_acceptance(drafted_BK: Array, draft_BKV: Array, target_BJV: Array) -> 
     return chance_BJ1[:, 1:, 0], jnp.where(total_BJ1 > 0, rest_BJV, target_BJV)
 
 
-def keep_block(keys_B: Key, drafted_BK: Array, draft_BKV: Array, target_BJV: Array) -> tuple[Array, Array]:
+def keep_block(uniform_BJ: Array, drafted_BK: Array, draft_BKV: Array, target_BJV: Array) -> tuple[Array, Array]:
     """As `keep`, by block verification."""
     ahead = drafted_BK.shape[1]
     chance_BK, rest_BJV = block_acceptance(drafted_BK, draft_BKV, target_BJV)
-    uniform_BK = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), (ahead,)))(keys_B)
-    count_B = jnp.max(jnp.where(uniform_BK < chance_BK, jnp.arange(1, ahead + 1), 0), axis=1, initial=0)
+    count_B = jnp.max(jnp.where(uniform_BJ[:, :ahead] < chance_BK, jnp.arange(1, ahead + 1), 0), axis=1, initial=0)
     next_BV = jnp.take_along_axis(rest_BJV, count_B[:, None, None], axis=1)[:, 0]
-    keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, 1)
-    return count_B, draw_tokens(keys_B, jnp.log(next_BV))
+    return count_B, tokens_at(uniform_BJ[:, ahead], jnp.log(next_BV))
 
 
-def round_keys(keys_B: Key, length_B: Array) -> tuple[Key, Key]:
-    """Keys of each row to draft and to keep with. A row has never been as long before, so none serves twice."""
-    drafting, keeping = jax.vmap(lambda key, i: jax.random.split(jax.random.fold_in(key, i)), out_axes=1)(
-        keys_B, length_B
-    )
-    return drafting, keeping
+def round_numbers(keys_B: Key, length_B: Array, ahead: int) -> tuple[Array, Array]:
+    """Numbers in [0, 1) of each row, [B, J] to draft with and [B, J] to keep with, J = K + 1, all of them of one draw:
+    many small ones take longer than a small model. A row has never been as long before, so that no key serves twice.
+    """
+    draw = lambda key, length: jax.random.uniform(jax.random.fold_in(key, length), (2, ahead + 1))
+    both_B2J = jax.vmap(draw)(keys_B, length_B)
+    return both_B2J[:, 0], both_B2J[:, 1]
 
 
 def verified(
-    keys_B: Key, drafted_BK: Array, draft_BKV: Array, logits_BJV: Array, config: SamplingConfig, verify: Verify
+    uniform_BJ: Array, drafted_BK: Array, draft_BKV: Array, logits_BJV: Array, config: SamplingConfig, verify: Verify
 ) -> tuple[Array, Array, Array]:
     """How many drafted tokens are kept, [B]; those with the token that follows them, and log-probabilities, [B, J].
 
@@ -202,7 +202,7 @@ def verified(
     each of the K = J - 1 drafted.
     """
     decide = keep_block if verify == "block" else keep
-    count_B, next_B = decide(keys_B, drafted_BK, draft_BKV, probabilities(logits_BJV, config))
+    count_B, next_B = decide(uniform_BJ, drafted_BK, draft_BKV, probabilities(logits_BJV, config))
     follows_BJ = jnp.arange(logits_BJV.shape[1])[None] == count_B[:, None]
     new_BJ = jnp.where(follows_BJ, next_B[:, None], jnp.pad(drafted_BK, ((0, 0), (0, 1))))
     logprobs_BJ = jnp.take_along_axis(jax.nn.log_softmax(logits_BJV), new_BJ[..., None], axis=2)[..., 0]
@@ -218,15 +218,15 @@ def _run(
     rows = jnp.arange(len(keys_B))
 
     def one_round(state: Drafting) -> Drafting:
-        draft_keys_B, keep_keys_B = round_keys(keys_B, state.length_B)
+        draft_BJ, keep_BJ = round_numbers(keys_B, state.length_B, ahead)
         last_B = state.tokens_BS[rows, state.length_B - 1]
         draft_cache, drafted_BK, draft_BKV = _draft(
-            draft_lm, params[1], state.draft, last_B, draft_keys_B, config, ahead
+            draft_lm, params[1], state.draft, last_B, draft_BJ, config, ahead
         )
         read_BJ = jnp.concatenate([last_B[:, None], drafted_BK], axis=1)
         hidden_BJD, cache = lm.apply(params[0], read_BJ, cache=state.cache)
         logits_BJV = lm.logits(params[0], hidden_BJD)
-        count_B, new_BJ, logprobs_BJ = verified(keep_keys_B, drafted_BK, draft_BKV, logits_BJV, config, verify)
+        count_B, new_BJ, logprobs_BJ = verified(keep_BJ, drafted_BK, draft_BKV, logits_BJV, config, verify)
         state = append(state, new_BJ, logprobs_BJ, count_B, end_ids)
         # The last token is read in the next round, with the draft that follows it.
         back = state.length_B - 1
@@ -242,7 +242,7 @@ def probabilities(logits: Array, config: SamplingConfig) -> Array:
 
 
 def _draft(
-    lm: LM, params: Params, cache: Any, last_B: Array, keys_B: Key, config: SamplingConfig, ahead: int
+    lm: LM, params: Params, cache: Any, last_B: Array, uniform_BJ: Array, config: SamplingConfig, ahead: int
 ) -> tuple[Any, Array, Array]:  # fmt: skip
     """K tokens drawn after the last one, [B, K], and what from, [B, K, V]. The cache then holds all K of them."""
 
@@ -250,7 +250,7 @@ def _draft(
         cache, token_B = carry
         hidden_B1D, cache = lm.apply(params, token_B[:, None], cache=cache)
         probs_BV = probabilities(lm.logits(params, hidden_B1D[:, 0]), config)
-        token_B = draw_tokens(jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, number), jnp.log(probs_BV))
+        token_B = tokens_at(uniform_BJ[:, number], jnp.log(probs_BV))
         return (cache, token_B), (token_B, probs_BV)
 
     # One step more than there are tokens to offer: the token after them is not, but they are read.
@@ -263,11 +263,13 @@ def append(
 ) -> Drafting:  # fmt: skip
     """Add the first `count` + 1 new tokens to each row, up to an end token or the limit, and count the pass."""
     batch, ahead = len(count_B), new_BJ.shape[1] - 1
-    places_BJ = state.length_B[:, None] + jnp.arange(ahead + 1)[None]
-    offered_BJ = jnp.arange(ahead + 1)[None] <= count_B[:, None]
-    ended_BJ = offered_BJ & jnp.isin(new_BJ, jnp.asarray(end_ids, jnp.int32))
-    kept_BJ = offered_BJ & (jnp.cumsum(ended_BJ, axis=1) == 0) & (places_BJ < state.limit_B[:, None])
-    kept_BJ &= ~state.done_B[:, None]
+    number_1J = jnp.arange(ahead + 1)[None]
+    places_BJ = state.length_B[:, None] + number_1J
+    ended_BJ = (number_1J <= count_B[:, None]) & jnp.isin(new_BJ, jnp.asarray(end_ids, jnp.int32))
+    # What lies beyond an end or the limit was not on offer; an end that was drafted is kept, though it is not text.
+    open_BJ = (jnp.cumsum(ended_BJ, axis=1) - ended_BJ == 0) & (places_BJ < state.limit_B[:, None])
+    open_BJ &= ~state.done_B[:, None]
+    kept_BJ = open_BJ & ~ended_BJ & (number_1J <= count_B[:, None])
     at = jnp.arange(batch)[:, None], jnp.where(kept_BJ, places_BJ, state.tokens_BS.shape[1])
     length_B = state.length_B + jnp.sum(kept_BJ, axis=1, dtype=jnp.int32)
     return replace(
@@ -277,6 +279,6 @@ def append(
         length_B=length_B,
         done_B=state.done_B | jnp.any(ended_BJ, axis=1) | (length_B >= state.limit_B),
         passes=state.passes + 1,
-        offered=state.offered + ahead * jnp.sum(~state.done_B, dtype=jnp.int32),
-        kept=state.kept + jnp.sum(jnp.where(state.done_B, 0, count_B), dtype=jnp.int32),
+        offered=state.offered + jnp.sum(open_BJ[:, :ahead], dtype=jnp.int32),
+        kept=state.kept + jnp.sum(open_BJ & (number_1J < count_B[:, None]), dtype=jnp.int32),
     )

@@ -283,8 +283,9 @@ ModelConfig: TypeAlias = TransformerConfig | TokenFormerConfig
 
 @dataclass(frozen=True)
 class GrowthConfig:
-    """How parameter tokens are added to a trained model (arXiv 2410.23168). The defaults keep its function exactly,
-    whatever the new values are. Keys and values of zero both keep it, too, and never learn.
+    """How parameter tokens are added to a trained model (arXiv 2410.23168), of any normalisation but softmax. The
+    defaults keep its function, but for rounding, whatever the new values are. Keys and values of zero both keep it,
+    too, and never learn.
     """
 
     keys: Literal["zeros", "normal"] = "zeros"

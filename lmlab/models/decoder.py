@@ -155,7 +155,7 @@ def decoder_lm(config: DecoderConfig, block: Block) -> LM:
         )
 
     def for_decoding(params: Params) -> tuple[LM, Params]:
-        if not config.execution.stacked or platform() != "cpu":
+        if not decodes_apart(config):
             return lm, params
         return _apart(config, block), lay_apart(params, config.layers)  # type: ignore[arg-type]  # a class is hashable
 
@@ -183,6 +183,11 @@ def enter_tokens(
     cache, places_BT = caches.claim_places(cache, positions_BT, segments_BT)
     mask = AttentionMask(positions_BT, cache.positions_BS, segments_BT, cache.segments_BS, window=window)
     return mask, cache, places_BT
+
+
+def decodes_apart(config: DecoderConfig) -> bool:
+    """Whether the form that draws tokens fastest on this machine is another: one whose layers lie apart."""
+    return config.execution.stacked and platform() == "cpu"
 
 
 @lru_cache

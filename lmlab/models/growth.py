@@ -1,7 +1,8 @@
 """Growing a TokenFormer: parameter tokens are added to a trained one (arXiv 2410.23168, "Progressive Model Scaling").
 
 With new keys of zero the new scores are zero, the norm of the scores is what it was, and gelu(0) = 0: the function is
-the same for any new values, provided that tau is kept.
+the same for any new values, provided that tau is kept. By softmax a score of zero has weight: such a model
+does not grow.
 """
 
 from dataclasses import fields, replace
@@ -46,7 +47,9 @@ def grow_params(
 
 
 def check_growth(small: TokenFormerConfig, large: TokenFormerConfig) -> None:
-    """Raise `UserError` unless `large` is `small` with parameter tokens added."""
+    """Raise `UserError` unless `large` is `small` with parameter tokens added, and of a kind that can grow."""
+    check(small.normalisation != "softmax", "model.normalisation", "softmax", "l2_norm_gelu or gelu_l2_norm",
+          "By softmax a new key of zero has weight: growth would change what the model computes.")  # fmt: skip
     free = {"parameter_tokens", "reference", "execution"}
     for name in (field.name for field in fields(small) if field.name not in free):
         old, new = getattr(small, name), getattr(large, name)

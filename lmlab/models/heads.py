@@ -20,11 +20,20 @@ from lmlab.models import tokenformer, transformer
 from lmlab.models.build import language_model
 from lmlab.models.cache import KVCache
 from lmlab.models.config import DecoderConfig, ModelConfig, TokenFormerConfig
-from lmlab.models.decoder import Block, Carry, Decoder, check_length, enter_tokens, lay_apart, rematerialised
+from lmlab.models.decoder import (
+    Block,
+    Carry,
+    Decoder,
+    check_length,
+    decodes_apart,
+    enter_tokens,
+    lay_apart,
+    rematerialised,
+)
 from lmlab.models.heads_config import MultiTokenConfig, of_depth
 from lmlab.models.layers import Linear, Norm
 from lmlab.models.lm import LM, Axes, MultiTokenLM, Reading
-from lmlab.models.rotary import rotary_table
+from lmlab.models.rotary import rotary_table, stand_still
 
 
 class Trunk(Decoder):
@@ -140,7 +149,7 @@ def multi_token_lm(config: MultiTokenConfig) -> MultiTokenLM:
         reading = read(params, inputs, **rest)
         first_BTD, reading = head(params, 1, reading, inputs)
         for number in numbers:
-            # What follows the last token is not known yet.
+            # What follows the last token is not known yet: see `MultiTokenLM.whole`.
             ahead = jnp.zeros_like(inputs).at[:, : 1 - number].set(inputs[:, number - 1 :])
             _, reading = head(params, number, reading, ahead)
         return first_BTD, reading.cache
@@ -154,15 +163,17 @@ def multi_token_lm(config: MultiTokenConfig) -> MultiTokenLM:
         )  # fmt: skip
 
     def for_decoding(params: Params) -> tuple[MultiTokenLM, Params]:
-        if base.for_decoding(params)[0] is base:
-            return made, params
-        return _apart(config), lay_apart(params, depth)
+        return (_apart(config), lay_apart(params, depth)) if decodes_apart(model) else (made, params)
+
+    def whole_for_decoding(params: Params) -> tuple[LM, Params]:
+        several, params = for_decoding(params)
+        return several.whole, params
 
     init, axes = _init(config, model, base)
     lm = replace(
         base, init=init, axes=axes, for_decoding=lambda params: base.for_decoding(drop_heads(params))
     )  # fmt: skip
-    whole = replace(lm, apply=apply, init_cache=init_cache)
+    whole = replace(lm, apply=apply, init_cache=init_cache, for_decoding=whole_for_decoding)
     made = MultiTokenLM(lm, config.heads, read, head, whole, for_decoding)
     return made
 
@@ -213,6 +224,8 @@ def _read(config: MultiTokenConfig, model: ModelConfig) -> Callable[..., Reading
         made: Any = trunk.apply({"params": params}, inputs, positions_BT, mask, cache, places_BT)
         x_BTD, cache = made
         table = rotary_table(model.rotary, model.head_dim, positions_BT) if model.positions == "rotary" else None
+        if table and config.depth - 1 in model.rotary.skipped_layers:
+            table = stand_still(table, jnp.asarray(True))
         return Reading(x_BTD.astype(jnp.float32), x_BTD, mask, table, places_BT, cache)
 
     return read

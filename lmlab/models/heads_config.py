@@ -13,7 +13,7 @@ before it predicts (arXiv 2412.19437, section 2.2)."""
 
 
 def of_depth(config: ModelConfig, depth: int) -> ModelConfig:
-    """The first layers of a model as a model."""
+    """The first layers of a model as a model; each rotates, or does not, as in the whole."""
     skipped = tuple(layer for layer in config.rotary.skipped_layers if layer < depth)
     return replace(config, layers=depth, rotary=replace(config.rotary, skipped_layers=skipped))
 
@@ -23,7 +23,12 @@ class MultiTokenConfig:
     """A model of L layers with n heads (arXiv 2404.19737), of which the first is a language model."""
 
     model: ModelConfig = field(default_factory=TransformerConfig)
-    """L layers, those of all heads included where a head is a layer: n = 1 is exactly this model."""
+    """L layers, those of all heads included where a head is a layer: n = 1 is exactly this model.
+
+    Heads stand beside one another, not at places of their own: where rotary.skipped_layers names the last layer of head
+    1's model, number `depth` - 1, the layers of all heads do without rotation, and else none does. Numbers beyond it
+    mean nothing with heads that are layers. So heads can begin as copies of head 1.
+    """
     heads: int = 4
     """n: head i predicts the i-th next token."""
     chain: Chain = "parallel"

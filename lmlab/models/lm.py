@@ -89,7 +89,7 @@ class Reading:
     """What the head before has made of it, not normed."""
     mask: AttentionMask
     table: tuple[Array, Array] | None
-    """Of the rotation at these positions."""
+    """Of the rotation at these positions in the heads' layers."""
     places_BT: Array | None
     cache: Cache | None
 
@@ -125,6 +125,10 @@ class MultiTokenLM:
     `lm.logits`; heads are called in order from 1, each with the reading that the one before returned. following: the
     tokens (or embeddings) i - 1 places on; read by sequential modules only."""
     whole: LM
-    """As `lm`, but its caches are those of all heads, and `apply` enters tokens for all."""
+    """As `lm`, but its caches are those of all heads, and `apply` enters tokens for all.
+
+    A sequential head reads what follows a token, and the last n - 1 tokens of a call are entered as if token 0 did: to
+    go on with what really follows, rewind by so many and read them again with it (`read_prompts(again=)`).
+    """
     for_decoding: Callable[[Params], tuple["MultiTokenLM", Params]]
     """As that of `lm`, for all heads."""

@@ -31,7 +31,7 @@ def image_classifier(lm: LM, size: tuple[int, int, int], patch: int) -> Classifi
     """A classifier of images of one size (height, width, channels), cut into squares of `patch` pixels.
 
     lm: its vocabulary are the classes; it needs learned positions, one for every patch and one for the class token,
-    whose last hidden state it scores. Raises `UserError` for sizes that do not fit.
+    whose last hidden state it scores. Raises `UserError` for sizes that do not fit, as `logits` does for images.
     """
     height, width, channels = size
     check(height % patch == 0 and width % patch == 0, "patch", patch, f"a divisor of {height} and {width}")
@@ -46,6 +46,8 @@ def image_classifier(lm: LM, size: tuple[int, int, int], patch: int) -> Classifi
         return {"trunk": trunk, "patches": draw("patches", shape), "class": draw("class", shape[1:])}
 
     def logits(params: Params, images_BHWC: Array) -> Array:
+        found = images_BHWC.shape
+        check(len(found) == 4 and found[1:] == size, "images", list(found), f"[images, {height}, {width}, {channels}]")
         patches_BPX = rearrange(images_BHWC, "b (h p) (w q) c -> b (h w) (p q c)", p=patch, q=patch)
         embedded_BPD = patches_BPX @ params["patches"]
         first_B1D = jnp.broadcast_to(params["class"], (len(embedded_BPD), 1, embedded_BPD.shape[-1]))

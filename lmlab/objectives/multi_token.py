@@ -1,6 +1,8 @@
 """Multi-token prediction (arXiv 2404.19737): head i of n learns the i-th next token."""
 
 import math
+from collections.abc import Callable
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +13,21 @@ from lmlab.models.lm import MultiTokenLM
 from lmlab.objectives.cross_entropy import TokenSums, chunked_cross_entropy, heads_cross_entropy
 from lmlab.objectives.next_token import label_weights
 
+Labels: TypeAlias = Callable[[TokenBatch, int], tuple[Array, Array]]
+"""`labels(batch, heads) -> (labels_BMT, weights_BMT)`."""
+
 
 def multi_token(
     model: MultiTokenLM, *, head_weights: tuple[float, ...] = (), z_loss: float = 0.0, chunk: int = 64,
-    token_bytes_V: Array | None = None,
+    token_bytes_V: Array | None = None, labels: Labels | None = None,
 ) -> Objective:  # fmt: skip
     """Objective `sum_i w_i mean_t -log p_i(x_t+i | x_<=t)` over a `TokenBatch` whose rows hold T + n tokens.
 
     A label of head i is a token in the same document as the one i places before it. Every head is a term of its own,
     `head_1` to `head_n`, divided by the number of its own labels. head_weights: w, 1 each if empty. z_loss, chunk,
     token_bytes_V: as for `next_token`, and so are the metrics `nll`, `accuracy` and `bits_per_byte`, which are those
-    of head 1, the language model: the sum of the losses is no perplexity. `accuracy_i`: of head i > 1.
+    of head 1, the language model: the sum of the losses is no perplexity. `accuracy_i`: of head i > 1. labels: what is
+    taught instead of `ahead`.
     """
     count = model.heads
     scales = head_weights or (1.0,) * count
@@ -29,7 +35,7 @@ def multi_token(
 
     def objective(params: Params, batch: TokenBatch, key: Key) -> Terms:
         del key
-        labels_BMT, weights_BMT = ahead(batch, count)
+        labels_BMT, weights_BMT = (labels or ahead)(batch, count)
         hidden_BMTD = hidden_of_heads(model, params, batch)
         sums = _sums(model, params, hidden_BMTD, labels_BMT, weights_BMT, z_loss, chunk)
         counts_M = jnp.sum(weights_BMT, axis=(0, 2))

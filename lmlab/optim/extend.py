@@ -15,8 +15,17 @@ def extend_state(old: Any, fresh: Any) -> Any:
 
     fresh: the state that the transform makes of the grown parameters. So moments are zero where parameters are new, and
     master copies are the new parameters there. Counts go on, but for those of schedules: those begin anew. Raises
-    `UserError` where the states are not of one transform, or something has shrunk.
+    `UserError` where the states are not of one transform, something has shrunk, or moments are factored.
     """
+    # Optax factors a matrix along the largest two of its axes, and growth may change which is the larger one: then what
+    # was kept of the rows would fit the columns.
+    check(
+        not any(map(_is_factored, jax.tree.leaves(old, is_leaf=_is_factored))),
+        "optimiser state",
+        "factored",
+        "one with a moment for every parameter",
+        "What adafactor keeps can not be extended: use --optimizer reset.",
+    )
     same = str(jax.tree.structure(old)) == str(jax.tree.structure(fresh))
     check(same, "optimiser state", "of the trained model",
           "one of the same rule", "Or begin with a new state.")  # fmt: skip
@@ -25,6 +34,10 @@ def extend_state(old: Any, fresh: Any) -> Any:
         return fresh if _is_schedule(old) else _corner(path_name(path), old, fresh)
 
     return jax.tree_util.tree_map_with_path(extended, old, fresh, is_leaf=_is_schedule)
+
+
+def _is_factored(node: Any) -> bool:
+    return isinstance(node, optax.FactoredState)
 
 
 def _is_schedule(node: Any) -> bool:

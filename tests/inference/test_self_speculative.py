@@ -1,6 +1,5 @@
 """What the heads draft leaves head 1's text and distribution as they are; acceptance is counted right."""
 
-import itertools
 from types import SimpleNamespace
 
 import jax
@@ -10,10 +9,11 @@ import pytest
 from scripted import END, counting_lm
 
 from lmlab.core.errors import UserError
+from lmlab.inference import engine
 from lmlab.inference.config import SamplingConfig
 from lmlab.inference.sample import sample
 from lmlab.inference.self_speculative import self_speculate
-from lmlab.inference.speculative import acceptance, residual
+from lmlab.inference.speculative import probabilities
 from lmlab.models.heads import multi_token_lm
 from lmlab.models.heads_config import MultiTokenConfig
 from lmlab.models.lm import MultiTokenLM
@@ -66,25 +66,27 @@ def test_greedy_text_is_that_of_plain_decoding(chain):
     assert self_speculate(model, params, PROMPTS[:1], KEY, GREEDY, ahead=0).passes == 14
 
 
-@pytest.mark.parametrize("filters", [{}, {"temperature": 0.7, "top_k": 2}])
-@pytest.mark.parametrize("chain", ["parallel", "sequential"])
-def test_samples_follow_the_distribution_of_head_1(chain, filters):
+FILTERS = {"temperature": 0.7, "top_k": 2}
+
+
+@pytest.mark.parametrize(
+    ("chain", "filters", "verify"),
+    [*((chain, {}, "token") for chain in CHAINS), ("sequential", {}, "block"), ("parallel", FILTERS, "token")],
+)
+def test_samples_follow_the_distribution_of_head_1(chain, filters, verify):
+    """Rounds of two drafted tokens, in all texts of three: of every chain, by every way that a draft can be cut."""
     model, params = made(chain, heads=3, layers=4)
     rows, config = 8192, SamplingConfig(max_new_tokens=3, **filters)
-    drawn = self_speculate(model, params, [ids(1, 0)] * rows, KEY, config)
-    number = lambda one: int(one.tokens @ np.asarray([9, 3, 1]))
-    found = np.bincount([number(one) for one in drawn.samples], minlength=27)
-    if filters:
-        plain = sample(model.lm, params, [ids(1, 0)] * rows, jax.random.key(5), config, rows=rows)
-        expected = np.bincount([number(one) for one in plain], minlength=27)
-        both = found + expected
-        distance = np.sum(np.where(both > 0, (found - expected) ** 2 / np.maximum(both, 1), 0))
-    else:
-        whole = jnp.concatenate([jnp.tile(jnp.asarray([[1, 0]], jnp.int32), (27, 1)), all_sequences(3, 3)], axis=1)
-        expected = rows * np.exp(np.asarray(sequence_logprobs(model.lm, params, whole, 2), np.float64))
-        distance = np.sum((found - expected) ** 2 / expected)
+    drawn = self_speculate(model, params, [ids(1, 0)] * rows, KEY, config, verify=verify)
+    found = np.bincount([int(one.tokens @ np.asarray([9, 3, 1])) for one in drawn.samples], minlength=27)
+    whole = jnp.concatenate([jnp.tile(jnp.asarray([[1, 0]], jnp.int32), (27, 1)), all_sequences(3, 3)], axis=1)
+    hidden, _ = model.lm.apply(params, whole[:, :-1])
+    probs = np.asarray(probabilities(model.lm.logits(params, hidden[:, 1:]), config), np.float64)
+    expected = rows * np.prod(np.take_along_axis(probs, np.asarray(whole)[:, 2:, None], axis=2)[..., 0], axis=1)
+    some = expected > 0
+    assert not found[~some].any()
     # Chi-square of 26 degrees of freedom exceeds 60 once in 6000 times.
-    assert distance < 60
+    assert np.sum((found - expected)[some] ** 2 / expected[some]) < 60
     assert 0 < drawn.accepted < 1
 
 
@@ -105,40 +107,15 @@ def test_blocks_follow_the_distribution_too_and_keep_more():
     assert blocks == tokens
 
 
-def test_a_round_gives_the_sequences_of_head_1_exactly():
-    # Every draft of two tokens by heads 2 and 3, every way that it can be cut, whatever head 1 says after it.
-    model, params = made(heads=3, layers=4)
-    prompt = (1, 0)
-    reading = model.read(params, jnp.asarray([prompt[:1]]))
-    drafts = []
-    for i in (1, 2, 3):
-        hidden, reading = model.head(params, i, reading, None)
-        drafts.append(np.asarray(jax.nn.softmax(model.lm.logits(params, hidden[0, 0])), np.float64))
-    drafts = drafts[1:]  # at the token before the last of the prompt: of the two tokens after it
-
-    every = jnp.concatenate([jnp.tile(jnp.asarray([prompt], jnp.int32), (27, 1)), all_sequences(3, 3)], axis=1)
-    hidden, _ = model.lm.apply(params, every)
-    probs = np.asarray(jax.nn.softmax(model.lm.logits(params, hidden)), np.float64)
-
-    def next_probs(tokens):
-        return probs[sum(token * 3 ** (2 - i) for i, token in enumerate(tokens)), 1 + len(tokens)]
-
-    found = dict.fromkeys(itertools.product(range(3), repeat=3), 0.0)
-    for draft in itertools.product(range(3), repeat=2):
-        drafted, reached = float(np.prod([drafts[i][token] for i, token in enumerate(draft)])), 1.0
-        for cut in range(3):
-            p = next_probs(draft[:cut])
-            stay, following = 0.0, p
-            if cut < 2:
-                stay = float(acceptance(jnp.asarray(p), jnp.asarray(drafts[cut]))[draft[cut]])
-                following = np.asarray(residual(jnp.asarray(p), jnp.asarray(drafts[cut])))
-            for token, *rest in itertools.product(range(3), repeat=3 - cut):
-                whole = (*draft[:cut], token, *rest)
-                then = [next_probs(whole[:i])[whole[i]] for i in range(cut + 1, 3)]
-                found[whole] += drafted * reached * (1 - stay) * following[token] * float(np.prod(then))
-            reached *= stay
-    exact = np.exp(sequence_logprobs(model.lm, params, every, 2))
-    np.testing.assert_allclose([found[tuple(row[2:])] for row in every.tolist()], exact, atol=1e-5)
+def test_prompts_read_in_pieces_are_followed_by_the_same_drafts(monkeypatch):
+    model, params = made("sequential", heads=3, layers=2)
+    prompts = [ids(*np.random.default_rng(i).integers(0, 3, 13)) for i in range(32)]
+    config = SamplingConfig(max_new_tokens=9)
+    whole = self_speculate(model, params, prompts, KEY, config)
+    monkeypatch.setattr(engine, "CHUNK", 5)
+    pieces = self_speculate(model, params, prompts, KEY, config)
+    assert (pieces.passes, pieces.accepted) == (whole.passes, whole.accepted)
+    assert [one.tokens.tolist() for one in pieces.samples] == [one.tokens.tolist() for one in whole.samples]
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
@@ -150,11 +127,13 @@ def test_heads_that_know_what_follows_take_as_few_passes_as_there_can_be(ahead):
 
 
 def test_ends_and_limits_are_kept():
-    prompts = [ids(49, 50), ids(3)]
+    prompts = [ids(49, 50), ids(2, 3)]
     drawn = self_speculate(counting_heads(3), {}, prompts, KEY, SamplingConfig(max_new_tokens=20), end_ids=(END,))
     assert drawn.samples[0].tokens.tolist() == list(range(51, END))
     assert drawn.samples[1].tokens.tolist() == list(range(4, 24))
     assert [one.ended for one in drawn.samples] == [True, False]
+    # Heads that are always right are kept wholly: what lies beyond the end or the limit was not on offer.
+    assert drawn.accepted == 1
 
 
 def test_rows_do_not_disturb_each_other():
@@ -170,3 +149,5 @@ def test_what_cannot_draft_is_refused():
     for ahead in (-1, 2):
         with pytest.raises(UserError, match=r"ahead = .*0 to 1: the model has 2 heads"):
             self_speculate(model, params, PROMPTS, KEY, GREEDY, ahead=ahead)
+    with pytest.raises(UserError, match="verify = 'blok': expected token or block"):
+        self_speculate(model, params, PROMPTS, KEY, GREEDY, verify="blok")

@@ -1,6 +1,7 @@
 """Speculation leaves the target's distribution as it is: by enumeration of the rule, and by samples of the whole."""
 
 import itertools
+from dataclasses import replace
 
 import chex
 import jax
@@ -12,7 +13,16 @@ from scripted import END, counting_lm
 from lmlab.core.errors import UserError
 from lmlab.inference.config import SamplingConfig
 from lmlab.inference.sample import sample
-from lmlab.inference.speculative import Model, acceptance, block_acceptance, keep_block, residual, speculate
+from lmlab.inference.speculative import (
+    Model,
+    acceptance,
+    append,
+    begin,
+    block_acceptance,
+    keep_block,
+    residual,
+    speculate,
+)
 from lmlab.testing.tiny import all_sequences, lively, sequence_logprobs, tiny_lm
 
 KEY = jax.random.key(11)
@@ -147,6 +157,20 @@ def test_what_cannot_draft_is_refused():
         speculate(TARGET, Model(counting_lm(), {}), [ids(1)], KEY, SamplingConfig())
     with pytest.raises(UserError, match="ahead"):
         speculate(TARGET, DRAFT, [ids(1)], KEY, SamplingConfig(), ahead=0)
+    with pytest.raises(UserError, match="verify = 'blok': expected token or block"):
+        speculate(TARGET, DRAFT, [ids(1)], KEY, SamplingConfig(), verify="blok")
+
+
+def test_what_is_kept_is_counted_among_what_was_on_offer():
+    begun = begin([ids(4, 5)] * 5, SamplingConfig(max_new_tokens=3), ahead=3, longest=12)
+    # Row by row: cut by the limit; all kept up to an end; an end after two drafts; none kept; a row that was done.
+    new = jnp.asarray([[6, 7, 8, 9], [6, 2, 7, 8], [6, 7, 2, 9], [6, 7, 8, 9], [6, 7, 8, 9]])
+    count = jnp.asarray([3, 3, 2, 0, 3])
+    state = replace(begun, done_B=jnp.asarray([False] * 4 + [True]))
+    state = append(state, new, jnp.zeros((5, 4)), count, end_ids=(2,))
+    assert (state.length_B - begun.length_B).tolist() == [3, 1, 2, 1, 0]
+    assert int(state.offered) == 3 + 2 + 3 + 3
+    assert int(state.kept) == 3 + 2 + 2 + 0
 
 
 def test_block_verification_gives_the_target_exactly_and_keeps_more():
@@ -179,7 +203,7 @@ def test_block_verification_follows_its_probabilities():
     drafted, rows = jnp.asarray([[2, 0]]), 20_000
     chance, rest = (np.asarray(x[0], np.float64) for x in block_acceptance(drafted, q, p))
     wide = lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:]))
-    count, token = keep_block(jax.random.split(jax.random.key(3), rows), wide(drafted), wide(q), wide(p))
+    count, token = keep_block(jax.random.uniform(jax.random.key(3), (rows, 3)), wide(drafted), wide(q), wide(p))
     kept = [(1 - chance[0]) * (1 - chance[1]), chance[0] * (1 - chance[1]), chance[1]]
     expected = rows * np.asarray(kept)[:, None] * rest / rest.sum(axis=1, keepdims=True)
     counted = np.bincount(3 * np.asarray(count) + np.asarray(token), minlength=9).reshape(3, 3)

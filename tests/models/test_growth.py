@@ -63,6 +63,13 @@ def test_new_keys_of_zero_keep_the_function(counts):
     assert_same(logits(config, other), logits(SMALL, PARAMS))
 
 
+def test_so_they_do_where_gelu_comes_before_the_norm():
+    small = replace(SMALL, normalisation="gelu_l2_norm")
+    config, params = grown(small=small)
+    assert_same(logits(config, params), logits(small, PARAMS))
+    assert_same(decoded(config, params), decoded(small, PARAMS))
+
+
 def test_so_does_a_chain_of_growths():
     medium, params = grown()
     large, params = grown(LARGE, small=medium, params=params)
@@ -163,3 +170,9 @@ def test_new_tokens_are_drawn_as_those_of_a_new_model():
 def test_what_is_no_growth_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
         grow_params(PARAMS, SMALL, replace(SMALL, **changes), KEY, GrowthConfig())
+
+
+def test_softmax_is_refused():
+    # A key of zero has the weight exp(0) there.
+    with pytest.raises(UserError, match=r"model.normalisation = 'softmax'.*a new key of zero has weight"):
+        grown(small=replace(SMALL, normalisation="softmax"))

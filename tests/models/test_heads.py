@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 from lmlab.core.errors import UserError
+from lmlab.inference import engine
+from lmlab.inference.engine import read_prompts
+from lmlab.models import decoder, heads
 from lmlab.models.config import ExecutionConfig, RotaryConfig
 from lmlab.models.heads import add_heads, drop_heads, multi_token_lm
 from lmlab.models.heads_config import MultiTokenConfig
@@ -106,6 +109,26 @@ def test_the_cache_of_all_heads_is_exact(chain):
     chex.assert_trees_all_close(jnp.concatenate(pieces, axis=2), full, atol=2e-5)
 
 
+@pytest.mark.parametrize("chain", ["causal", "sequential"])
+def test_prompts_read_in_pieces_leave_the_cache_that_one_reading_leaves(chain, monkeypatch):
+    model, params = made(chain)
+    prompts = [np.asarray(TOKENS[0, :n]) for n in (9, 4, 1, 7)]
+
+    def held():
+        logits, cache = read_prompts(model.whole, params, prompts, 12, again=2)
+        # Of the last places the third head does not know yet what follows them.
+        length = jnp.asarray([len(prompt) for prompt in prompts])
+        known = jnp.arange(12)[None] < length[:, None] - 2
+        keys, values = (jnp.where(known[None, :, None, :, None], x, 0) for x in (cache.keys, cache.values))
+        chex.assert_trees_all_equal(cache.length_B, length)
+        return logits, keys, values, cache.segments_BS, jnp.where(known, cache.positions_BS, 0)
+
+    whole = held()
+    for width in (4, 3):
+        monkeypatch.setattr(engine, "CHUNK", width)
+        chex.assert_trees_all_close(held(), whole, atol=2e-5)
+
+
 @pytest.mark.parametrize("chain", CHAINS)
 def test_forms_and_layouts_are_the_same_model(chain):
     model, params = made(chain)
@@ -114,6 +137,10 @@ def test_forms_and_layouts_are_the_same_model(chain):
     assert apart is not model
     assert model.for_decoding(params)[0] is apart
     assert apart.for_decoding(laid) == (apart, laid)
+    whole, same = model.whole.for_decoding(params)
+    assert whole is apart.whole
+    chex.assert_trees_all_equal(same, laid)
+    assert whole.for_decoding(laid) == (whole, laid)
     chex.assert_trees_all_close(hidden_of(apart, laid), full, atol=2e-5)
     first, _ = model.lm.apply(params, TOKENS[:, :T])
     chex.assert_trees_all_close(first, full[0], atol=2e-5)
@@ -123,6 +150,19 @@ def test_forms_and_layouts_are_the_same_model(chain):
     value = lambda m: jax.jit(jax.value_and_grad(lambda p: jnp.sum(jnp.sin(hidden_of(m, p)))))(params)
     remat, _ = made(chain, execution=ExecutionConfig(remat="full"))
     chex.assert_trees_all_close(value(model), value(remat), rtol=1e-4, atol=1e-4)
+
+
+def test_a_form_that_is_the_fastest_already_costs_nothing(monkeypatch):
+    monkeypatch.setattr(decoder, "platform", lambda: "tpu")
+    monkeypatch.setattr(heads, "lay_apart", pytest.fail)
+    monkeypatch.setattr(decoder, "lay_apart", pytest.fail)
+    model, params = made()
+    assert model.for_decoding(params) == (model, params)
+    assert model.whole.for_decoding(params) == (model.whole, params)
+    monkeypatch.undo()
+    # And the copy is made once, not of head 1 first.
+    monkeypatch.setattr(decoder, "lay_apart", pytest.fail)
+    assert model.for_decoding(params)[0] is not model
 
 
 @pytest.mark.parametrize("chain", CHAINS)
@@ -166,12 +206,59 @@ def test_a_tokenformer_has_heads_too():
     chex.assert_trees_all_close(full[0], model.lm.apply(params, TOKENS[:, :T])[0], atol=2e-5)
 
 
-def test_layers_that_do_not_rotate_stay_where_they_are():
-    skip = lambda *layers: tiny_config(layers=4, rotary=RotaryConfig(skipped_layers=layers))
-    model = multi_token_lm(MultiTokenConfig(skip(1, 3), 2))
-    params = lively(model.lm.init(jax.random.key(0)))
-    plain = tiny_lm(layers=3, rotary=RotaryConfig(skipped_layers=(1,)))
-    chex.assert_trees_all_close(hidden_of(model, params)[0], plain.apply(params, TOKENS[:, :T])[0], atol=2e-5)
+@pytest.mark.parametrize("chain", ["parallel", "causal", "sequential"])
+@pytest.mark.parametrize("skipped", [(1,), (2,)])
+def test_all_heads_rotate_or_none_does(chain, skipped):
+    """Head 1's model has three layers here; numbers beyond them mean nothing."""
+    layers = {"sequential": 3}.get(chain, 4)
+    model, params = made(chain, 2, layers=layers, rotary=RotaryConfig(skipped_layers=skipped))
+    plain = tiny_lm(layers=3, rotary=RotaryConfig(skipped_layers=skipped))
+    full = hidden_of(model, params)
+    chex.assert_trees_all_close(full[0], plain.apply(params, TOKENS[:, :T])[0], atol=2e-5)
+    # A model that never rotates has the same heads on the same trunk if and only if these do not.
+    still, _ = made(chain, 2, layers=layers, positions="none")
+    reading = model.read(params, TOKENS[:, :T])
+    _, reading = model.head(params, 1, reading, TOKENS[:, :T])
+    bare = replace(reading, table=None)
+    following = TOKENS[:, 1 : T + 1]
+    found = model.head(params, 2, reading, following)[0]
+    chex.assert_trees_all_close(found, full[1], atol=2e-5)
+    alike = np.allclose(found, still.head(params, 2, bare, following)[0], atol=2e-5)
+    assert alike == (skipped == (2,))
+
+
+@pytest.mark.parametrize("skipped", [(1,), (2,), (1, 3)])
+def test_copies_of_a_layer_that_does_not_rotate_begin_as_it(skipped):
+    some = config("parallel", 2, rotary=RotaryConfig(skipped_layers=skipped))
+    model, params = multi_token_lm(some), lively(multi_token_lm(some).lm.init(jax.random.key(0)))
+    first, second = hidden_of(model, add_heads(some, drop_heads(params), jax.random.key(2)))
+    chex.assert_trees_all_close(first, second, atol=1e-6)
+
+
+def test_a_sequential_head_is_its_equation():
+    """arXiv 2412.19437, eq. 21-23: h' = M [RMSNorm(h) ; RMSNorm(Emb(x))], then a block, then the shared norm."""
+    model, params = made("sequential", 3, layers=2, execution=ExecutionConfig(stacked=False))
+
+    def normed(x, scale):
+        return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + model.lm.config.norm_eps) * scale[None, None]
+
+    block = tiny_lm(layers=1, execution=ExecutionConfig(stacked=False))
+    end, reading = params["final_norm"], model.read(params, TOKENS[:, :T])
+    h = reading.trunk_BTD
+    _, reading = model.head(params, 1, reading, TOKENS[:, :T])
+    for i in (2, 3):
+        following = TOKENS[:, i - 1 : i - 1 + T]
+        found, reading = model.head(params, i, reading, following)
+        own = params[f"head_{i}"]
+        both = jnp.concatenate([
+            normed(h, own["hidden_norm"]["scale"]),
+            normed(params["embedding"][following], own["embedding_norm"]["scale"]),
+        ], axis=-1)  # fmt: skip
+        merged = both @ own["merge"]["kernel"].reshape(32, 16)
+        rest = {"embedding": params["embedding"], "layers_0": own["block"]}
+        chex.assert_trees_all_close(found, block.apply({**rest, "final_norm": end}, merged)[0], atol=2e-5)
+        h = reading.chain_BTD
+        chex.assert_trees_all_close(normed(h, end["scale"]), found, atol=2e-5)
 
 
 def test_sizes_that_do_not_fit_are_named():

@@ -54,3 +54,10 @@ def test_patches_move_with_their_positions(made):
 def test_sizes_that_do_not_fit_are_named(changes, patch, message):
     with pytest.raises(UserError, match=message):
         image_classifier(tiny_lm(**changes), (4, 6, 2), patch)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 4, 2), (3, 4, 6, 1), (4, 6, 2)])
+def test_images_of_another_size_are_named(made, shape):
+    classifier, params = made
+    with pytest.raises(UserError, match=r"images = .*: expected \[images, 4, 6, 2\]"):
+        classifier.logits(params, jnp.zeros(shape))

@@ -11,6 +11,7 @@ import pytest
 
 from lmlab.core.errors import UserError
 from lmlab.core.types import TokenBatch
+from lmlab.data.packing import lay_out, row_at, stack_rows
 from lmlab.models.heads import drop_heads, multi_token_lm
 from lmlab.models.heads_config import MultiTokenConfig
 from lmlab.models.lm import MultiTokenLM
@@ -136,6 +137,22 @@ def whole_rows(tokens_BT):
     ones = jnp.ones_like(tokens_BT)
     places = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
     return TokenBatch(tokens_BT, ones, places, ones.astype(bool))
+
+
+@pytest.mark.parametrize("mode", ["concat", "pad", "whole"])
+def test_how_far_is_looked_ahead_does_not_change_the_labels_of_head_1(mode):
+    """But where whole documents share a row: what several heads read there would be another text for each n."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(1, 14, 40)
+    tokens, offsets = np.arange(sizes.sum()), np.concatenate([[0], np.cumsum(sizes)])
+
+    def labels(heads):
+        packing = lay_out(tokens, offsets, length=8, lookahead=heads, mode=mode)
+        batch = stack_rows([row_at(packing, i) for i in range(packing.rows)], packing.rows, 8 + heads)
+        labels_BMT, weights_BMT = ahead(jax.tree.map(jnp.asarray, batch), heads)
+        return np.sort(labels_BMT[:, 0][weights_BMT[:, 0] > 0]).tolist()
+
+    assert (labels(1) == labels(3)) == (mode != "whole")
 
 
 def terms_counted(batch, heads):
