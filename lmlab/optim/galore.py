@@ -21,10 +21,9 @@ import optax
 from lmlab.core.errors import UserError, check
 from lmlab.core.rng import key_for
 from lmlab.core.types import Array, Params
-from lmlab.optim.groups import path_name
-from lmlab.optim.matrices import Choice, Layout, Side, from_matrices, layout, to_matrices
+from lmlab.optim.matrices import Choice, Layout, Leaf, Side, chosen_leaves, from_matrices, to_matrices
 from lmlab.optim.moments import Inner, Moving, as_inner, subspace_adam
-from lmlab.optim.projector import Bases, Held, bases, change, count, drawn, empty, renew
+from lmlab.optim.projector import Bases, Held, bases, change, drawn, empty, renew
 from lmlab.optim.quantised import FLOAT32, Store
 from lmlab.optim.residual import Lift, Projected, plain
 from lmlab.optim.subspace import Refresh, subspace_iteration
@@ -98,15 +97,6 @@ def galore(
     return optax.chain(rule, decay, optax.scale_by_learning_rate(learning_rate))
 
 
-class _Leaf(NamedTuple):
-    """A parameter, before anything is computed."""
-
-    name: str
-    layout: Layout | None
-    first: int
-    """Its matrices are numbered from here on among those of the model."""
-
-
 class _Projection(NamedTuple):
     """A chosen parameter in one update."""
 
@@ -131,23 +121,10 @@ class _Galore(NamedTuple):
     store: Store | None
     seed: int | Array
 
-    def leaves(self, tree: Any) -> list[_Leaf]:
-        """All parameters of a tree. Without any (a placeholder of optax) there is nothing to complain about."""
-        found, first = [], 0
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            name = path_name(path)
-            axes = self.matrices(name, leaf.shape)
-            how = axes and layout(axes, leaf.shape, self.rank, self.side)
-            found.append(_Leaf(name, how, first))
-            first += count(how) if how else 0
-        check(not found or first > 0, "matrices", f"none of {len(found)} parameters", "a choice of one or more",
-              f"Their paths: {', '.join(leaf.name for leaf in found[:3])}, ...")  # fmt: skip
-        return found
-
     def init(self, params: Params) -> GaloreState:
         """Zeros in the shapes that updates will have."""
         treedef: Any = jax.tree.structure(params)
-        leaves = self.leaves(params)
+        leaves = chosen_leaves(params, self.matrices, self.rank, self.side)
         chosen = lambda make: treedef.unflatten([make(x.layout) if x.layout else optax.MaskedNode() for x in leaves])
         low = [
             jnp.zeros(x.layout.low_shape, jnp.float32) if x.layout else leaf
@@ -160,23 +137,29 @@ class _Galore(NamedTuple):
             right=chosen(lambda how: empty(how, self.store).right),
             inner=self.moving.init(treedef.unflatten(low)),
             ages=treedef.unflatten(ages) if self.moving.restarts else (),
-            timing=chosen(lambda how: self.timing.init(count(how))),
+            timing=chosen(lambda how: self.timing.init(how.number)),
             lift=chosen(lambda how: self.lift.init(how.batch)),
         )
 
     def update(
-        self, updates: Any, state: GaloreState, params: Any = None, **extra_args: Any
+        self, updates: Any, state: GaloreState, params: Any = None, *, seen: Any = None, **extra_args: Any
     ) -> tuple[Any, GaloreState]:
-        """As in optax; the parameters are not looked at."""
+        """As in optax; the parameters are not looked at. seen: what bases are made of in place of the updates."""
         del params
         treedef: Any = jax.tree.structure(updates)
-        leaves, gradients = self.leaves(updates), jax.tree.leaves(updates)
+        leaves = chosen_leaves(updates, self.matrices, self.rank, self.side)
+        gradients = jax.tree.leaves(updates)
         parts, whole = treedef.flatten_up_to, treedef.unflatten
-        total = sum(count(x.layout) for x in leaves if x.layout)
+        total = sum(x.layout.number for x in leaves if x.layout)
         found = [
             self.projection(leaf, g, Held(left, right), timing, state.step, total) if leaf.layout else None
             for leaf, g, left, right, timing in zip(
-                leaves, gradients, parts(state.left), parts(state.right), parts(state.timing), strict=True
+                leaves,
+                parts(updates if seen is None else seen),
+                parts(state.left),
+                parts(state.right),
+                parts(state.timing),
+                strict=True,
             )
         ]
         inner, ages = self.moved(state, found, treedef)
@@ -199,12 +182,12 @@ class _Galore(NamedTuple):
             lift=whole(lifts),
         )
 
-    def projection(self, leaf: _Leaf, g: Array, held: Held, timing: Any, now: Array, total: int) -> _Projection:
+    def projection(self, leaf: Leaf, g: Array, held: Held, timing: Any, now: Array, total: int) -> _Projection:
         """The bases of a parameter, those that are due made anew."""
         how = leaf.layout
         assert how is not None
         key = key_for(jax.random.key(self.seed), leaf.name)
-        numbers_N = leaf.first + jnp.arange(count(how), dtype=jnp.int32)
+        numbers_N = leaf.first + jnp.arange(how.number, dtype=jnp.int32)
         due_N = self.timing.due(timing, now, numbers_N, total)
         if self.store is None:
             assert self.timing.epoch is not None

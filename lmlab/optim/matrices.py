@@ -87,6 +87,21 @@ class Layout(NamedTuple):
         return tuple(self.shape[axis] for axis in self.axes.batch)
 
     @property
+    def rows(self) -> int:
+        """M."""
+        return math.prod(self.shape[axis] for axis in self.axes.rows)
+
+    @property
+    def columns(self) -> int:
+        """N."""
+        return math.prod(self.shape[axis] for axis in self.axes.columns)
+
+    @property
+    def number(self) -> int:
+        """How many matrices the parameter holds."""
+        return math.prod(self.batch)
+
+    @property
     def low_shape(self) -> tuple[int, ...]:
         """Shape of the projected gradient."""
         shape = _replaced(self.shape, self.axes.rows, self.rank) if self.left else self.shape
@@ -120,6 +135,33 @@ def layout(axes: MatrixAxes, shape: tuple[int, ...], rank: float, side: Side) ->
     std_left = rows <= columns
     left = {"std": std_left, "reverse_std": not std_left, "left": True, "right": False, "two_sided": True}[side]
     return Layout(axes, shape, size, left, right=not left or side == "two_sided")
+
+
+class Leaf(NamedTuple):
+    """A parameter of a tree, before anything is computed."""
+
+    name: str
+    layout: Layout | None
+    """None if it is not chosen."""
+    first: int
+    """Its matrices are numbered from here on among the chosen ones of the tree."""
+
+
+def chosen_leaves(tree: Any, matrices: Choice, rank: float, side: Side) -> list[Leaf]:
+    """All parameters of a tree, in order. Raises `UserError` if none is chosen.
+
+    A tree without leaves is a placeholder of optax, and nothing to complain about.
+    """
+    found, first = [], 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = path_name(path)
+        axes = matrices(name, leaf.shape)
+        how = axes and layout(axes, leaf.shape, rank, side)
+        found.append(Leaf(name, how, first))
+        first += how.number if how else 0
+    check(not found or first > 0, "matrices", f"none of {len(found)} parameters", "a choice of one or more",
+          f"Their paths: {', '.join(leaf.name for leaf in found[:3])}, ...")  # fmt: skip
+    return found
 
 
 def to_matrices(x: Array, axes: MatrixAxes) -> Array:

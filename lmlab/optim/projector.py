@@ -1,6 +1,5 @@
 """Projectors of one parameter: made anew where they are due, stored, and applied."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -47,11 +46,6 @@ def _transposed(x: Array) -> Array:
     return x.swapaxes(-1, -2)
 
 
-def count(layout: Layout) -> int:
-    """How many matrices a parameter holds."""
-    return math.prod(layout.batch)
-
-
 def empty(layout: Layout, store: Store | None) -> Held:
     """Before the first renewal: zeros. Without a store nothing is held."""
 
@@ -74,12 +68,11 @@ def drawn(layout: Layout, refresh: Refresh, key: Key) -> Bases:
 
     def draw(wanted: bool, rows: int, key: Key) -> Array | None:
         one = lambda key: refresh(None, jnp.zeros((rows, layout.rank)), key)  # type: ignore[arg-type]
-        each = jax.vmap(one)(jax.random.split(key, count(layout))) if wanted else None
+        each = jax.vmap(one)(jax.random.split(key, layout.number)) if wanted else None
         return each if each is None else each.reshape(*layout.batch, rows, layout.rank)
 
-    size = lambda axes: math.prod(layout.shape[axis] for axis in axes)
-    left = draw(layout.left, size(layout.axes.rows), key_for(key, "left"))
-    return Bases(left, draw(layout.right, size(layout.axes.columns), key_for(key, "right")))
+    left = draw(layout.left, layout.rows, key_for(key, "left"))
+    return Bases(left, draw(layout.right, layout.columns, key_for(key, "right")))
 
 
 def renew(

@@ -97,9 +97,9 @@ def subspace_iteration(
 
     def refresh(G_MN: Array, old_MR: Array, key: Key) -> Array:
         power = lambda _, P_MR: orthonormalise(G_MN @ (G_MN.T @ P_MR))
-        cold = lambda: jax.lax.fori_loop(0, first, power, gaussian(G_MN, old_MR, key))
-        warm = lambda: jax.lax.fori_loop(0, iterations, power, old_MR)
-        return jax.lax.cond(jnp.all(old_MR == 0), cold, warm)
+        cold = jnp.all(old_MR == 0)
+        start_MR = jax.lax.cond(cold, lambda: gaussian(G_MN, old_MR, key), lambda: old_MR)
+        return jax.lax.fori_loop(0, jnp.where(cold, first, iterations), power, start_MR)
 
     return refresh
 
@@ -118,18 +118,17 @@ def random_orthonormal(G_MN: Array, old_MR: Array, key: Key) -> Array:
 def renewed(refresh: Refresh, G_MN: Array, old_MR: Array, key: Key) -> Array:
     """The new basis, its signs fixed by the old one.
 
-    A gradient that is zero or not finite says nothing: the old basis stays, or the first one is random.
+    A gradient that is zero or not finite says nothing: the old basis stays; a first one is that of random numbers.
     """
     size = jnp.max(jnp.abs(G_MN))
     good = jnp.isfinite(size) & (size > 0)
-    # Of size 1, squares neither overflow nor vanish; of zeros where nothing can be learned, nothing loops for ever.
-    unit_MN = jnp.where(good, G_MN / jnp.where(good, size, 1), 0)
+    chance = lambda: jax.random.normal(jax.random.fold_in(key, 1), G_MN.shape)
+    # Of size 1, squares neither overflow nor vanish.
+    unit_MN = jax.lax.cond(good, lambda: G_MN / size, chance)
     with jax.default_matmul_precision("highest"):
         fresh_MR = fix_signs(refresh(unit_MN, old_MR, key), old_MR)
-        spare = lambda: jax.lax.cond(
-            jnp.all(old_MR == 0), lambda: random_orthonormal(unit_MN, old_MR, key), lambda: old_MR
-        )
-        return jax.lax.cond(good & jnp.all(jnp.isfinite(fresh_MR)), lambda: fresh_MR, spare)
+    wanted = (good | jnp.all(old_MR == 0)) & jnp.all(jnp.isfinite(fresh_MR))
+    return jnp.where(wanted, fresh_MR, old_MR)
 
 
 def fix_signs(new_MR: Array, old_MR: Array) -> Array:
