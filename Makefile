@@ -41,6 +41,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.galore
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.crash

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import arms, attention, checkpoint, decode, gpu, loss, peers, scaling, timing, train_step
+from benchmarks import arms, attention, checkpoint, decode, galore, gpu, loss, peers, scaling, timing, train_step
 from lmlab.core.errors import UserError
 from lmlab.models.flops import training_flops_per_token
 
@@ -277,3 +277,11 @@ def test_collectives_are_read_off_a_program():
     assert [scaling.sent(*each[:3]) for each in found] == [72, 14, 24]
     with pytest.raises(ValueError, match="groups=new"):
         scaling.group_size("all-gather(%x), groups=new")
+
+
+def test_projected_gradients_at_toy_size(capsys):
+    sizes = ["--layers", "2", "--width", "64", "--ffn", "96", "--vocab", "50", "--rank", "8", "--rows", "1"]
+    assert galore.main([*sizes, "--rounds", "1"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["state_bytes_exact"]
+    assert result["distance"] < 1e-2
