@@ -1,0 +1,29 @@
+"""The experiment of projected gradients: its control against the closed form, and a smoke run of all of it."""
+
+import json
+
+import pytest
+
+from experiments import galore
+
+
+@pytest.mark.parametrize(("name", "rank"), [("frozen", 4), ("T=100", 24), ("T=20", 32)])
+def test_the_control_ends_where_it_must(name, rank):
+    found = galore.control(*galore.CONTROLS[name])
+    assert found["rank"] == rank
+    if name == "frozen":
+        assert found["loss"] == pytest.approx(found["predicted"], abs=5e-5)
+    else:
+        assert found["loss"] < 0.1 * found["predicted"]
+
+
+def test_a_smoke_run(tmp_path, capsys):
+    assert galore.main(["--smoke", "--out", str(tmp_path / "out")]) == 0
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(result["arms"]) >= {"GaLore, rotate", "Q-GaLore", "APOLLO", "factorised"}
+    sizes = {name: arm["state_bytes"] for name, arm in result["arms"].items()}
+    assert sizes["Q-GaLore"] < sizes["GaLore, rotate"] < sizes["Adam, rate 0.003"]
+    assert all(len(arm["losses"]) == 2 for arm in result["arms"].values())
+    assert (tmp_path / "out" / "control.svg").exists()
+    assert (tmp_path / "out" / "losses.svg").exists()
+    assert "closed form" in capsys.readouterr().out
