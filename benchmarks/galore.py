@@ -51,7 +51,7 @@ from lmlab.train.step import make_step
 METHODS: dict[str, Refresh] = {
     "exact SVD": exact_svd,
     "gram and eigh": gram,
-    "randomised": randomised(iterations=1),
+    "randomised": randomised(),
     "subspace": subspace_iteration(),
     "subspace, Cholesky": subspace_iteration(orthonormalise=cholesky_qr),
     "subspace, Newton-Schulz": subspace_iteration(orthonormalise=newton_schulz),

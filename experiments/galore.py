@@ -166,7 +166,7 @@ def arms(options: Options) -> dict[str, Arm]:
             lambda params, factors: as_products(params, factors, choice, rank),
         ),
     }  # fmt: skip
-    kept = ("Adam, rate 0.003", "GaLore, rotate", "Q-GaLore", "APOLLO", "factorised")
+    kept = ("Adam, rate 0.003", "GaLore, rotate", "factorised")
     return {name: found[name] for name in kept} if options.smoke else found
 
 
@@ -203,7 +203,8 @@ def train(arm: Arm, text: Text, options: Options) -> dict[str, Any]:
 
     def begin(key: Array) -> State:
         params = LM.init(key)
-        return new_state({"params": params, "factors": arm.factors(params, key)} if arm.factors else params, tx, key)
+        held = {"params": params, "factors": arm.factors(params, key)} if arm.factors else params
+        return new_state(held, tx, jax.random.key(0))
 
     one = make_step(objective, tx)
     keys = jax.random.split(jax.random.key(2), options.seeds)

@@ -83,7 +83,9 @@ def _rule(config: OptimConfig, axes: Any) -> optax.GradientTransformation:
         "lion": lambda: optax.scale_by_lion(b1, b2),
         # As optax.adafactor chains them, less the scaling by parameter size (arXiv 1804.04235).
         "adafactor": lambda: optax.chain(
-            optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.ema(b1, debias=False)
+            _shapes_of_updates(optax.scale_by_factored_rms()),
+            optax.clip_by_block_rms(1.0),
+            optax.ema(b1, debias=False),
         ),
         "muon": lambda: _scale_by_muon(config, axes),
         "sgd": lambda: optax.trace(b1) if b1 else optax.identity(),
@@ -108,6 +110,11 @@ def _projected(config: OptimConfig, axes: Any, seed: int) -> optax.GradientTrans
         lift=_lift(galore),
         store={"float32": FLOAT32, "bfloat16": BFLOAT16, "int4": INT4, "drawn": None}[galore.projectors],
     )  # fmt: skip
+
+
+def _shapes_of_updates(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """For a transform that asks for parameters to learn their shapes, which projected gradients do not have."""
+    return optax.GradientTransformation(tx.init, lambda updates, state, params=None: tx.update(updates, state, updates))
 
 
 def _lift(galore: GaloreConfig) -> Lift:

@@ -135,7 +135,7 @@ def test_optax_finds_the_parameters_in_the_state():
 
 
 def test_the_subspace_is_that_of_the_accumulated_gradient():
-    lm = tiny_lm()
+    lm = tiny_lm(layers=1)
     tx = TRANSFORMS["galore_rotated"].build(lm.axes)
     states = []
     for microbatches in (1, 4):
@@ -170,7 +170,8 @@ def test_a_restored_run_goes_on_bit_for_bit(name, tmp_path):
 
 def test_bfloat16_parameters_have_float32_state_and_stay_finite():
     params = {"w": jnp.ones((6, 10), jnp.bfloat16), "b": jnp.ones((10,), jnp.bfloat16)}
-    tx = galore(1e-2, by_path("w"), 2, inner=subspace_adam(policy=ROTATE), timing=together(50))
+    # Steps of 0.01: smaller ones than half the spacing of bfloat16 would be rounded away.
+    tx = galore(1e-2, by_path("w"), 2, inner=subspace_adam(policy=ROTATE), timing=together(50), lift=plain(1.0))
     state = tx.init(params)
     assert {str(x.dtype) for x in jax.tree.leaves(state)} == {"float32", "int32"}
 
@@ -183,7 +184,7 @@ def test_bfloat16_parameters_have_float32_state_and_stay_finite():
     end, _ = jax.jit(lambda: jax.lax.scan(one, (params, state), jax.random.split(jax.random.key(0), 1000)))()
     chex.assert_trees_all_equal_shapes_and_dtypes(end, (params, state))
     chex.assert_tree_all_finite(end)
-    assert float(optax.tree.norm(end[0])) < 0.2 * float(optax.tree.norm(params))
+    assert float(optax.tree.norm(end[0])) < 0.5 * float(optax.tree.norm(params))
 
 
 def parabola(x):

@@ -60,11 +60,11 @@ def test_lora_changes_nothing_at_first_and_then_by_its_rank():
     factors = lora_factors(PARAMS, CHOICE, 3, jax.random.key(0))
     merged = with_products(PARAMS, factors, CHOICE, 3)
     chex.assert_trees_all_equal(merged, PARAMS)
-    moved = jax.tree.map(lambda x: x + 0.1, factors)
+    moved = lively(factors)
     change = jax.tree.map(jnp.subtract, with_products(PARAMS, moved, CHOICE, 3, scale=2.0), PARAMS)
     kernel = change["layers"]["mlp"]["gate_up"]["kernel"]  # [L, D, 2, F]
-    ranks = jnp.linalg.matrix_rank(to_matrices(kernel, MatrixAxes((0, 2), (1,), (3,))), rtol=1e-4)
-    assert ranks.tolist() == [[3, 3], [3, 3]] or ranks.max() <= 3
+    matrices = np.asarray(to_matrices(kernel, MatrixAxes((0, 2), (1,), (3,))))
+    assert np.linalg.matrix_rank(matrices, rtol=1e-4).tolist() == [[3, 3], [3, 3]]
     assert float(jnp.abs(change["embedding"]).max()) == 0
     assert float(jnp.abs(kernel).max()) > 0
 

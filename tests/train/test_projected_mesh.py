@@ -14,6 +14,7 @@ from lmlab.optim.chain import build_optimizer
 from lmlab.optim.config import GaloreConfig, OptimConfig, ScheduleConfig
 from lmlab.optim.galore import scale_by_galore
 from lmlab.optim.matrices import by_axes
+from lmlab.optim.quantised import SIGNED8
 from lmlab.optim.subspace import cholesky_qr, subspace_iteration
 from lmlab.testing.tables import OBJECTIVES
 from lmlab.train import parallel
@@ -53,10 +54,18 @@ def test_state_lies_like_the_parameter_along_what_they_share():
     assert kernel(state.left) == PartitionSpec(None, "fsdp", None, None)
     assert kernel(state.inner.mu) == kernel(state.inner.nu) == PartitionSpec(None, None, None, "tensor")
     assert state.inner.mu["embedding"].sharding.spec == PartitionSpec("tensor", "fsdp")
-    coded = optimizer(moment_bits=8, rank=16)
-    shapes = parallel.abstract_state(LM.init, coded)
-    shardings = parallel.state_shardings(shapes, parallel.param_shardings(LM.axes, shapes.params, mesh))
-    assert shardings.step.spec == PartitionSpec()
+
+
+def test_codes_of_8_bits_lie_like_the_numbers_that_they_stand_for():
+    mesh = parallel.make_mesh(ParallelConfig(1, 4, 1, 2))
+    params = {"w": jax.ShapeDtypeStruct((ROWS, COLUMNS), jnp.float32)}
+    moment = jax.eval_shape(SIGNED8.encode, params["w"])
+    state = State(jax.ShapeDtypeStruct((), jnp.int32), params, {"mu": {"w": moment}, "count": params["w"]}, None)
+    place = {"w": NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))}
+    found = parallel.state_shardings(state, place).opt_state
+    assert found["mu"]["w"].codes.spec == PartitionSpec("fsdp", "tensor")
+    assert found["mu"]["w"].scales.spec == PartitionSpec("fsdp", None)
+    assert found["count"].spec == PartitionSpec()
 
 
 def moved(spec, side, refresh):
