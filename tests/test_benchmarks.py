@@ -14,7 +14,20 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import arms, attention, checkpoint, decode, gpu, loss, ordering, peers, scaling, timing, train_step
+from benchmarks import (
+    arms,
+    attention,
+    checkpoint,
+    decode,
+    galore,
+    gpu,
+    loss,
+    ordering,
+    peers,
+    scaling,
+    timing,
+    train_step,
+)
 from lmlab.core.errors import UserError
 from lmlab.models.flops import training_flops_per_token
 
@@ -291,3 +304,11 @@ def test_ordering_measures_every_stage_and_ends_in_its_numbers(capsys):
     out = capsys.readouterr().out
     assert json.loads(out.splitlines()[-1]) == {"seconds_100k": 0.0, "gb_100k": 0.0}
     assert out.splitlines()[3].split()[1:7] == ["2.00"] * 6
+
+
+def test_projected_gradients_at_toy_size(capsys):
+    sizes = ["--layers", "2", "--width", "64", "--ffn", "96", "--vocab", "50", "--rank", "8", "--rows", "1"]
+    assert galore.main([*sizes, "--rounds", "1"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["state_bytes_exact"]
+    assert result["distance"] < 1e-2

@@ -6,9 +6,26 @@ import jax
 import optax
 
 from lmlab.core.errors import check
-from lmlab.optim.config import OptimConfig, ScheduleConfig
+from lmlab.optim.config import GaloreConfig, OptimConfig, ScheduleConfig
+from lmlab.optim.galore import scale_by_galore
 from lmlab.optim.groups import is_names, matching, matrix_axes
+from lmlab.optim.matrices import by_axes
+from lmlab.optim.moments import KEEP, RESET, ROTATE, subspace_adam
 from lmlab.optim.precision import master_weights, stochastic_rounding
+from lmlab.optim.quantised import BFLOAT16, FLOAT32, INT4, SIGNED8, SQUARE8
+from lmlab.optim.residual import Lift, apollo, fira, frugal, plain
+from lmlab.optim.subspace import (
+    cholesky_qr,
+    exact_svd,
+    gaussian,
+    gram,
+    householder,
+    newton_schulz,
+    random_orthonormal,
+    randomised,
+    subspace_iteration,
+)
+from lmlab.optim.timing import lazy, staggered, together
 
 
 def build_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
@@ -45,21 +62,10 @@ def build_optimizer(config: OptimConfig, axes: Any, steps: int, seed: int = 0) -
     head axes hide from a look at the rank. seed: of stochastic rounding. Unless `config.parameters` is float32
     the parameters must be bfloat16 (`cast_parameters`); the chain itself runs in float32 always.
     """
-    b1, b2 = config.b1, config.b2
-    rule = {
-        "adamw": lambda: optax.scale_by_adam(b1, b2, config.eps),
-        "lion": lambda: optax.scale_by_lion(b1, b2),
-        # As optax.adafactor chains them, less the scaling by parameter size (arXiv 1804.04235).
-        "adafactor": lambda: optax.chain(
-            optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.ema(b1, debias=False)
-        ),
-        "muon": lambda: _scale_by_muon(config, axes),
-        "sgd": lambda: optax.trace(b1) if b1 else optax.identity(),
-    }[config.rule]()
     decayed = jax.tree.map(lambda skip: not skip, matching(axes, config.no_decay))
     chain = optax.chain(
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
-        rule,
+        _projected(config, axes, seed) if config.galore.rank else _rule(config, axes),
         optax.add_decayed_weights(config.weight_decay, mask=decayed) if config.weight_decay else optax.identity(),
         optax.scale_by_learning_rate(build_schedule(config.schedule, steps)),
     )
@@ -68,6 +74,57 @@ def build_optimizer(config: OptimConfig, axes: Any, steps: int, seed: int = 0) -
         "bfloat16_master": lambda: master_weights(chain),
         "bfloat16_stochastic": lambda: stochastic_rounding(chain, seed),
     }[config.parameters]()
+
+
+def _rule(config: OptimConfig, axes: Any) -> optax.GradientTransformation:
+    b1, b2 = config.b1, config.b2
+    return {
+        "adamw": lambda: optax.scale_by_adam(b1, b2, config.eps),
+        "lion": lambda: optax.scale_by_lion(b1, b2),
+        # As optax.adafactor chains them, less the scaling by parameter size (arXiv 1804.04235).
+        "adafactor": lambda: optax.chain(
+            _shapes_of_updates(optax.scale_by_factored_rms()),
+            optax.clip_by_block_rms(1.0),
+            optax.ema(b1, debias=False),
+        ),
+        "muon": lambda: _scale_by_muon(config, axes),
+        "sgd": lambda: optax.trace(b1) if b1 else optax.identity(),
+    }[config.rule]()
+
+
+def _projected(config: OptimConfig, axes: Any, seed: int) -> optax.GradientTransformation:
+    """The rule on projections of the hidden matrices, and as it is on everything else."""
+    galore, policy = config.galore, {"keep": KEEP, "reset": RESET, "rotate": ROTATE}[config.galore.moments]
+    stores = {32: (FLOAT32, FLOAT32), 8: (SIGNED8, SQUARE8)}[galore.moment_bits]
+    adam = subspace_adam(config.b1, config.b2, config.eps, policy=policy, mu_store=stores[0], nu_store=stores[1])
+    orthonormalise = {"householder": householder, "cholesky": cholesky_qr, "newton_schulz": newton_schulz}
+    basis = orthonormalise[galore.orthonormalise]
+    return scale_by_galore(
+        by_axes(axes, galore.include), galore.rank, side=galore.side, seed=seed,
+        inner=adam if config.rule == "adamw" else _rule(config, axes),
+        refresh={
+            "subspace": subspace_iteration(orthonormalise=basis), "randomised": randomised(orthonormalise=basis),
+            "svd": exact_svd, "gram": gram, "gaussian": gaussian, "orthonormal": random_orthonormal,
+        }[galore.refresh],
+        timing={"together": together, "stagger": staggered, "lazy": lazy}[galore.timing](galore.refresh_every),
+        lift=_lift(galore),
+        store={"float32": FLOAT32, "bfloat16": BFLOAT16, "int4": INT4, "drawn": None}[galore.projectors],
+    )  # fmt: skip
+
+
+def _shapes_of_updates(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """For a transform that asks for parameters to learn their shapes, which projected gradients do not have."""
+    return optax.GradientTransformation(tx.init, lambda updates, state, params=None: tx.update(updates, state, updates))
+
+
+def _lift(galore: GaloreConfig) -> Lift:
+    return {
+        "galore": lambda: plain(galore.scale),
+        "fira": lambda: fira(galore.scale),
+        "apollo": lambda: apollo(galore.scale),
+        "apollo_mini": lambda: apollo(galore.scale, per="tensor"),
+        "frugal": lambda: frugal(galore.scale),
+    }[galore.update]()
 
 
 def _scale_by_muon(config: OptimConfig, axes: Any) -> optax.GradientTransformation:

@@ -31,6 +31,50 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class GaloreConfig:
+    """The rule run on low-rank projections of the gradients of hidden matrices (arXiv 2403.03507)."""
+
+    rank: float = 0
+    """Of the subspaces, at most the shorter side of a matrix; below 1 a share of it. 0: nothing is projected."""
+    update: Literal["galore", "fira", "apollo", "apollo_mini", "frugal"] = "galore"
+    """What is made of the step in the subspace: only that (galore); with the rest of the gradient, scaled alike (fira,
+    arXiv 2410.01623) or its signs (frugal, arXiv 2411.07837); the gradient itself, scaled by channels (apollo) or as a
+    whole (apollo_mini, arXiv 2412.05270). Both APOLLOs go with refresh gaussian, projectors drawn."""
+    scale: float = 0.25
+    """Of the step in the subspace against the learning rate; 1 and 128 for the APOLLOs."""
+    refresh: Literal["subspace", "randomised", "svd", "gram", "gaussian", "orthonormal"] = "subspace"
+    """How subspaces are found: iterations from the old one; a random range finder; exactly, two ways; at random, as
+    Gaussian numbers or an orthonormal basis (GoLore, arXiv 2410.11289)."""
+    refresh_every: int = 200
+    """Updates between two refreshes."""
+    timing: Literal["together", "stagger", "lazy"] = "together"
+    """All subspaces at once; one by one over the period; each less often while it stands still (arXiv 2407.08296)."""
+    side: Literal["std", "reverse_std", "left", "right", "two_sided"] = "std"
+    """Side of a matrix that is projected: std the shorter one, reverse_std the longer one, which holds less state."""
+    moments: Literal["keep", "reset", "rotate"] = "keep"
+    """adamw: what becomes of the moments at a refresh; rotate is LDAdam's (arXiv 2410.16103)."""
+    moment_bits: Literal[32, 8] = 32
+    """adamw: how the moments are stored."""
+    projectors: Literal["float32", "bfloat16", "int4", "drawn"] = "float32"
+    """How projectors are stored; drawn: not at all, for random ones."""
+    orthonormalise: Literal["householder", "cholesky", "newton_schulz"] = "householder"
+    """How iterations make bases orthonormal; the last two are products of matrices, for TPUs."""
+    include: tuple[str, ...] = ()
+    """Only hidden matrices whose path contains one of these patterns (regular expressions); empty: all."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check(self.rank >= 0, "optim.galore.rank", self.rank, "0 or more")
+        check(self.scale > 0, "optim.galore.scale", self.scale, "a positive number")
+        check(self.refresh_every >= 1, "optim.galore.refresh_every", self.refresh_every, "1 or more")
+        check(self.side != "two_sided" or self.update in ("galore", "frugal"), "optim.galore.side", self.side,
+              f"one side with update {self.update}, which scales channels")  # fmt: skip
+        drawable = self.refresh in ("gaussian", "orthonormal") and self.timing == "together" and self.moments == "keep"
+        check(self.projectors != "drawn" or drawable, "optim.galore.projectors", self.projectors,
+              "refresh gaussian or orthonormal, timing together and moments keep beside it")  # fmt: skip
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """An optax chain: clip by global norm, the rule, decoupled weight decay, the schedule."""
 
@@ -52,6 +96,7 @@ class OptimConfig:
     parameters: Literal["float32", "bfloat16_master", "bfloat16_stochastic"] = "float32"
     """How parameters are held: float32; bfloat16 with a float32 copy beside the moments (6 bytes each, arXiv
     1710.03740); bfloat16 alone, rounded at random (2 bytes, arXiv 2010.06192). Moments are float32."""
+    galore: GaloreConfig = field(default_factory=GaloreConfig)
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -60,3 +105,9 @@ class OptimConfig:
         check(self.eps > 0, "optim.eps", self.eps, "a positive number")
         check(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
         check(self.clip >= 0, "optim.clip", self.clip, "0 or more")
+        projected, galore = self.galore.rank > 0, self.galore
+        check(not projected or self.rule != "muon", "optim.galore.rank", galore.rank, "0 with rule muon",
+              "Muon needs the full matrices.")  # fmt: skip
+        adam = galore.moments == "keep" and galore.moment_bits == 32
+        check(not projected or self.rule == "adamw" or adam, "optim.galore.moments", galore.moments,
+              f"keep, and moment_bits 32, with rule {self.rule}")  # fmt: skip

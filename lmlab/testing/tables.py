@@ -19,7 +19,9 @@ from lmlab.models.lm import LM
 from lmlab.objectives.multi_token import multi_token
 from lmlab.objectives.next_token import next_token
 from lmlab.optim.chain import build_optimizer
-from lmlab.optim.config import OptimConfig, ScheduleConfig
+from lmlab.optim.config import GaloreConfig, OptimConfig, ScheduleConfig
+from lmlab.optim.ldadam import scale_by_ldadam
+from lmlab.optim.matrices import by_axes
 from lmlab.testing.tiny import random_batch, tiny_cache, tiny_lm, tiny_multi_token_lm, tiny_tokenformer
 
 LMS: dict[str, Callable[[], LM]] = {
@@ -95,12 +97,21 @@ class TransformCase:
     build: Callable[[Any], optax.GradientTransformation]
     parameters: str = "float32"
     """As in `OptimConfig.parameters`."""
+    stored: frozenset[str] = frozenset({"float32", "int32"})
+    """Types of the arrays of its state."""
 
 
 def _rule(name: Any, **changes: Any) -> TransformCase:
     schedule = ScheduleConfig(peak=1e-2, warmup=2)
     config = replace(OptimConfig(schedule=schedule), rule=name, **changes)
     return TransformCase(lambda axes: build_optimizer(config, axes, 20), config.parameters)
+
+
+def _projected(name: Any = "adamw", stored: tuple[str, ...] = (), parameters: Any = "float32", **galore: Any) -> Any:
+    # Two kernels, one with axes of heads and one of a stack: every one takes as long to compile as all of AdamW.
+    galore = {"rank": 4, "refresh_every": 2, "include": ("attention/out", "gate_up"), **galore}
+    case = _rule(name, parameters=parameters, galore=GaloreConfig(**galore))
+    return replace(case, stored=case.stored | {*stored})
 
 
 TRANSFORMS: dict[str, TransformCase] = {
@@ -114,6 +125,23 @@ TRANSFORMS: dict[str, TransformCase] = {
     "master_weights_muon": _rule("muon", parameters="bfloat16_master"),
     "stochastic_rounding": _rule("adamw", parameters="bfloat16_stochastic"),
     "stochastic_rounding_muon": _rule("muon", parameters="bfloat16_stochastic"),
+    "galore": _projected(include=()),
+    "galore_exact": _projected(refresh="svd", rank=0.5),
+    "galore_rotated": _projected(moments="rotate", timing="stagger", orthonormalise="cholesky"),
+    "galore_reset": _projected(moments="reset", side="reverse_std", refresh="randomised"),
+    "galore_lion": _projected("lion"),
+    "galore_adafactor": _projected("adafactor"),
+    "galore_sgd": _projected("sgd", side="two_sided"),
+    "galore_8bit": _projected(stored=("uint8",), moment_bits=8),
+    "galore_master_weights": _projected(parameters="bfloat16_master"),
+    "galore_stochastic_rounding": _projected(parameters="bfloat16_stochastic", moments="rotate"),
+    "golore": _projected(refresh="orthonormal"),
+    "q_galore": _projected(stored=("uint8",), timing="lazy", projectors="int4"),
+    "fira": _projected(update="fira"),
+    "apollo": _projected(update="apollo", refresh="gaussian", projectors="drawn", scale=1.0),
+    "apollo_mini": _projected(update="apollo_mini", refresh="gaussian", projectors="drawn", scale=128.0, rank=1),
+    "ldadam": TransformCase(lambda axes: optax.chain(scale_by_ldadam(by_axes(axes, ("out",)), 4), optax.scale(-1e-2))),
+    "frugal": _projected(update="frugal", projectors="bfloat16", stored=("bfloat16",)),
 }
 """Every optimiser of lmlab."""
 

@@ -85,8 +85,9 @@ def param_shardings(axes: Any, params: Params, mesh: Mesh, rules: Rules = STORED
 def state_shardings(state: State, params: Any) -> State:
     """A NamedSharding for each array of a state.
 
-    What mirrors a parameter (its path ends in the parameter's, and the shape is the same) lies where that one does:
-    moments, averages, master copies. Everything else is on every device.
+    What mirrors a parameter (its path ends in the parameter's, perhaps with one more name, and it has as many axes)
+    lies like that one along every axis of the same size: moments, averages, master copies whole; projected moments,
+    projectors and codes of 8 bits along the axes that they share. Everything else is on every device.
 
     state: arrays or shapes. params: the shardings of its parameters.
     """
@@ -99,13 +100,23 @@ def state_shardings(state: State, params: Any) -> State:
     }
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        for start in range(len(path)):
-            shape, sharding = known.get(tuple(path[start:]), (None, whole))
-            if shape == leaf.shape:
-                return sharding
+        for end in (len(path), len(path) - 1):
+            for start in range(end):
+                shape, sharding = known.get(tuple(path[start:end]), ((), whole))
+                if len(shape) == len(leaf.shape) > 0:
+                    return _shared(sharding, shape, leaf.shape)
         return whole
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _shared(sharding: NamedSharding, shape: tuple[int, ...], other: tuple[int, ...]) -> NamedSharding:
+    """The sharding of an array of another shape, along the axes that have the same size."""
+    if shape == other:
+        return sharding
+    wanted = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
+    kept = [axes if a == b else None for axes, a, b in zip(wanted, shape, other, strict=True)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*kept))
 
 
 def abstract_state(init: Callable[[Key], Params], tx: optax.GradientTransformation) -> State:

@@ -9,8 +9,12 @@ import pytest
 
 from lmlab.core.errors import UserError
 from lmlab.optim.chain import build_optimizer, build_schedule
-from lmlab.optim.config import OptimConfig, ScheduleConfig
+from lmlab.optim.config import GaloreConfig, OptimConfig, ScheduleConfig
+from lmlab.optim.galore import scale_by_galore
 from lmlab.optim.groups import MatrixAxes, matrix_axes
+from lmlab.optim.matrices import by_axes
+from lmlab.optim.moments import subspace_adam
+from lmlab.optim.timing import together
 from lmlab.testing.tiny import lively, tiny_lm
 
 LM = tiny_lm(norm="layer", tied=False)
@@ -94,3 +98,40 @@ def test_muon_orthogonalises_each_matrix_of_a_stack():
             assert singular.max() / singular.min() < 2.5
     mixed = jnp.linalg.svd(grads["layers"]["mlp"]["gate_up"]["kernel"][0, :, 0], compute_uv=False)
     assert mixed.max() / mixed.min() > 2.5
+
+
+def test_a_projected_rule_stands_where_the_rule_stood():
+    config = OptimConfig(b2=0.9, galore=GaloreConfig(rank=3, refresh_every=2, include=("mlp",)),
+                         schedule=ScheduleConfig(0.1, 0, "constant"))  # fmt: skip
+    tx = build_optimizer(config, LM.axes, 10)
+    choice = by_axes(LM.axes, ("mlp",))
+    spared = jax.tree_util.tree_map_with_path(lambda path, _: not any(w in str(path) for w in ("norm", "bias")), PARAMS)
+    by_hand = optax.chain(
+        optax.clip_by_global_norm(1.0), scale_by_galore(choice, 3, inner=subspace_adam(b2=0.9), timing=together(2)),
+        optax.add_decayed_weights(0.1, spared), optax.scale_by_learning_rate(0.1),
+    )  # fmt: skip
+    states, grads = [tx.init(PARAMS), by_hand.init(PARAMS)], lively(ZEROS, seed=2)
+    for _ in range(3):
+        (one, states[0]), (two, states[1]) = (
+            jax.jit(each.update)(grads, state, PARAMS) for each, state in zip((tx, by_hand), states, strict=True)
+        )
+        chex.assert_trees_all_close(one, two, atol=1e-6)
+    held = states[0][1]
+    assert jax.tree.leaves(held.left["layers"]["attention"]) == jax.tree.leaves(held.left["embedding"]) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"galore": {"rank": -1}}, "optim.galore.rank"),
+        ({"galore": {"rank": 4}, "rule": "muon"}, "optim.galore.rank"),
+        ({"galore": {"rank": 4, "moments": "rotate"}, "rule": "lion"}, "optim.galore.moments"),
+        ({"galore": {"rank": 4, "projectors": "drawn"}}, "optim.galore.projectors"),
+        ({"galore": {"rank": 4, "side": "two_sided", "update": "fira"}}, "optim.galore.side"),
+        ({"galore": {"rank": 4, "refresh_every": 0}}, "optim.galore.refresh_every"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_is_refused(changes, said):
+    with pytest.raises(UserError, match=said):
+        OptimConfig(**{**changes, "galore": GaloreConfig(**changes["galore"])})

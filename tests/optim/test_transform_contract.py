@@ -29,13 +29,14 @@ class Made:
     params: Params
     rtol: float
     """How near results are that differ in the order of float32 operations."""
+    stored: frozenset[str]
 
 
 @pytest.fixture(params=TRANSFORMS)
 def made(request) -> Made:
     case = TRANSFORMS[request.param]
     params = cast_parameters(PARAMS, case.parameters)
-    return Made(case.build(LM.axes), params, 1e-4 if case.parameters == "float32" else 2**-7)
+    return Made(case.build(LM.axes), params, 1e-4 if case.parameters == "float32" else 2**-7, case.stored)
 
 
 def run(made, grads=GRADS, jit=True, steps=3):
@@ -48,7 +49,7 @@ def run(made, grads=GRADS, jit=True, steps=3):
 
 
 def test_updates_have_the_shapes_of_the_parameters_and_are_float32(made):
-    updates, _ = made.tx.update(GRADS, made.tx.init(made.params), made.params)
+    updates, _ = jax.jit(made.tx.update)(GRADS, made.tx.init(made.params), made.params)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, PARAMS)
     chex.assert_tree_all_finite(updates)
 
@@ -58,9 +59,8 @@ def test_state_keeps_its_structure_and_types(made):
     chex.assert_trees_all_equal_shapes_and_dtypes(run(made)[1], state)
 
 
-def test_moments_are_float32_whatever_the_parameters_are(made):
-    kinds = {leaf.dtype for leaf in jax.tree.leaves(made.tx.init(made.params))}
-    assert kinds <= {jnp.dtype("float32"), jnp.dtype("int32")}
+def test_moments_are_float32_whatever_the_parameters_are_unless_they_are_coded(made):
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(made.tx.init(made.params))} <= made.stored
 
 
 def test_jit_and_eager_agree(made):
@@ -83,8 +83,8 @@ def test_init_under_eval_shape(made):
 def test_in_a_chain_and_partitioned(made):
     half = jax.tree_util.tree_map_with_path(lambda path, _: "mlp" in str(path), PARAMS)
     chained = optax.chain(made.tx, optax.scale(0.5))
-    one, _ = made.tx.update(GRADS, made.tx.init(made.params), made.params)
-    two, _ = chained.update(GRADS, chained.init(made.params), made.params)
+    one, _ = jax.jit(made.tx.update)(GRADS, made.tx.init(made.params), made.params)
+    two, _ = jax.jit(chained.update)(GRADS, chained.init(made.params), made.params)
     chex.assert_trees_all_close(jax.tree.map(lambda x: x / 2, one), two, rtol=1e-6)
     parts = optax.partition({True: optax.set_to_zero(), False: made.tx}, half)
     moved, _ = run(replace(made, tx=parts))
