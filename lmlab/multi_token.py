@@ -15,6 +15,7 @@ from lmlab.loading import Opened, open_model
 from lmlab.models.config import ModelConfig
 from lmlab.models.flops import further_heads_flops_per_token
 from lmlab.models.heads import add_heads, drop_heads
+from lmlab.models.rows import read_rows_with_heads
 from lmlab.objectives.multi_token import multi_token
 from lmlab.optim.chain import build_optimizer
 from lmlab.optim.precision import cast_parameters
@@ -38,11 +39,12 @@ def heads_pieces(config: MultiToken, share: Share) -> Pieces:
     data = open_data(config.data, lookahead=config.heads, **share._asdict())
     config = replace(config, model=with_vocabulary(config.model, data.tokenizer))
     model, loss = build_heads(config), config.objective
+    reader = read_rows_with_heads(model, config.data.attend, config.data.positions)
     return Pieces(
         config=config,
         lm=model.lm,
         objective=multi_token(
-            model, head_weights=loss.head_weights, z_loss=loss.z_loss, chunk=loss.chunk,
+            reader, head_weights=loss.head_weights, z_loss=loss.z_loss, chunk=loss.chunk,
             token_bytes_V=jnp.asarray(data.tokenizer.token_bytes_V),
         ),
         tx=build_optimizer(config.optim, model.lm.axes, config.train.steps, config.train.seed),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from lmlab.core.masking import AttentionMask, self_attention_mask
 from lmlab.core.types import Array, Params
-from lmlab.models.lm import LM, Cache
+from lmlab.models.lm import LM, Cache, MultiTokenLM
 
 Scope = Literal["document", "row"]
 
@@ -24,10 +24,22 @@ def read_rows(lm: LM, attend: Scope = "document", positions: Scope = "document")
         attend: "document": tokens see their own document; "row": all of the row before them.
         positions: "document": count from the start of each document in the row; "row": of the row.
     """
-    if attend == positions == "document":
-        return lm
+    return replace(lm, apply=_scoped(lm.apply, lm.config.attention.window, attend, positions))
 
-    def apply(
+
+def read_rows_with_heads(
+    model: MultiTokenLM, attend: Scope = "document", positions: Scope = "document"
+) -> MultiTokenLM:  # fmt: skip
+    """As `read_rows`, for the trunk that all heads go on from."""
+    return replace(model, read=_scoped(model.read, model.lm.config.attention.window, attend, positions))
+
+
+def _scoped(read: Any, window: int, attend: Scope, positions: Scope) -> Any:
+    """`LM.apply` or `MultiTokenLM.read` with these scopes; what it returns is not looked at."""
+    if attend == positions == "document":
+        return read
+
+    def scoped(
         params: Params, inputs: Array, *, positions_BT: Array | None = None, segments_BT: Array | None = None,
         mask: AttentionMask | None = None, cache: Cache | None = None,
     ) -> Any:  # fmt: skip
@@ -38,8 +50,8 @@ def read_rows(lm: LM, attend: Scope = "document", positions: Scope = "document")
             seen_BT = whole_BT if attend == "row" else segments_BT
             # A mask built from the positions takes them for the order of the tokens: with those that begin anew inside
             # of what is seen it would be wrong, so that one built from the places in the row goes with them.
-            mask = self_attention_mask(rows_BT, seen_BT, window=lm.config.attention.window or None)
+            mask = self_attention_mask(rows_BT, seen_BT, window=window or None)
             given = {"positions_BT": rows_BT if positions == "row" else positions_BT, "segments_BT": seen_BT}
-        return lm.apply(params, inputs, **given, mask=mask, cache=cache)
+        return read(params, inputs, **given, mask=mask, cache=cache)
 
-    return replace(lm, apply=apply)
+    return scoped

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from lmlab.models.config import AttentionConfig
-from lmlab.models.rows import read_rows
+from lmlab.models.rows import read_rows, read_rows_with_heads
+from lmlab.objectives.multi_token import hidden_of_heads
 from lmlab.objectives.next_token import next_token
-from lmlab.testing.tiny import lively, random_batch, tiny_lm
+from lmlab.testing.tiny import lively, random_batch, tiny_lm, tiny_multi_token_lm
 
 KINDS = {"rotary": {}, "learned": {"positions": "learned"}}
 WAYS = [(attend, positions) for attend in ("document", "row") for positions in ("document", "row")]
@@ -82,4 +83,18 @@ def test_labels_and_whatever_has_no_segments_stay():
         read.apply(params, batch.tokens_BT, cache=cache, segments_BT=batch.segments_BT),
         lm.apply(params, batch.tokens_BT, cache=cache, segments_BT=batch.segments_BT),
     )
-    assert read_rows(lm) is lm
+    assert read_rows(lm).apply is lm.apply
+
+
+@pytest.mark.parametrize(("attend", "positions"), WAYS)
+def test_all_heads_read_as_the_first_one_does(attend, positions):
+    model = tiny_multi_token_lm("parallel")
+    params, batch = lively(model.lm.init(jax.random.key(0))), random_batch()
+    scoped = read_rows_with_heads(model, attend, positions)
+    hidden_BMTD = jax.jit(partial(hidden_of_heads, scoped))(params, batch)
+    length = hidden_BMTD.shape[2]
+    cut = [x[:, :length] for x in (batch.tokens_BT, batch.segments_BT, batch.positions_BT)]
+    chex.assert_trees_all_close(hidden_BMTD[:, 0], hidden(read_rows(model.lm, attend, positions), params, *cut))
+    usual_BMTD = jax.jit(partial(hidden_of_heads, model))(params, batch)
+    differs = attend != "document"
+    assert np.allclose(hidden_BMTD[:, 1], usual_BMTD[:, 1], atol=1e-5) != differs
