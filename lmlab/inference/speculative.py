@@ -220,9 +220,7 @@ def _run(
     def one_round(state: Drafting) -> Drafting:
         draft_BJ, keep_BJ = round_numbers(keys_B, state.length_B, ahead)
         last_B = state.tokens_BS[rows, state.length_B - 1]
-        draft_cache, drafted_BK, draft_BKV = _draft(
-            draft_lm, params[1], state.draft, last_B, draft_BJ, config, ahead
-        )
+        draft_cache, drafted_BK, draft_BKV = _draft(draft_lm, params[1], state.draft, last_B, draft_BJ, config, ahead)
         read_BJ = jnp.concatenate([last_B[:, None], drafted_BK], axis=1)
         hidden_BJD, cache = lm.apply(params[0], read_BJ, cache=state.cache)
         logits_BJV = lm.logits(params[0], hidden_BJD)
