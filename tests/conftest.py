@@ -20,7 +20,8 @@ from tiny_run import RECIPE, RUN  # noqa: E402
 from lmlab.cli import main  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
+# A cache for each worker: one has died where it read what another may have been writing.
+jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla" / os.environ.get("PYTEST_XDIST_WORKER", "alone")))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
