@@ -3,8 +3,8 @@
     lmlab run multi_token
     lmlab generate runs/multi_token --heads 4 --prompt 'import os' --temperature 0
 
-4.9M parameters; 600 steps of 2048 bytes. The held-out bits per byte are those of head 1; `loss/head_1` to
-`loss/head_4` are nats per byte of each head.
+4.9M parameters; 600 steps of 2048 bytes take ten minutes on two cores. Held-out bits per byte, those of head 1: 1.94
+(trigram 2.69, xz 1.80); `loss/head_1` to `loss/head_4` are nats per byte of each head.
 """
 
 from lmlab.data.config import Bytes, DataConfig, PythonLibrary

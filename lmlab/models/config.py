@@ -149,7 +149,7 @@ class DecoderConfig:
 
     @property
     def layer_weights(self) -> int:
-        """Entries of the matrices that a token meets in one layer."""
+        """Entries of the matrices that a token meets in one layer; every kind of decoder counts its own."""
         raise NotImplementedError
 
     def part(self, devices: int) -> Self:

@@ -1,5 +1,6 @@
 """What every decoder shares: embedding, layers, final norm, cache, mask; an LM record around one kind of block."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, TypeAlias
@@ -16,7 +17,7 @@ from lmlab.models import cache as caches
 from lmlab.models.cache import KVCache
 from lmlab.models.config import DecoderConfig, ExecutionConfig
 from lmlab.models.layers import INIT_STD, PROJECTION, Norm, kernel_init
-from lmlab.models.lm import LM
+from lmlab.models.lm import LM, Axes
 from lmlab.models.projection import look_up, project
 from lmlab.models.rotary import rotary_table
 
@@ -131,11 +132,8 @@ def decoder_lm(config: DecoderConfig, block: Block) -> LM:
         params: Params, inputs: Array, *, positions_BT: Array | None = None, segments_BT: Array | None = None,
         mask: AttentionMask | None = None, cache: KVCache | None = None,
     ) -> tuple[Array, KVCache | None]:  # fmt: skip
-        batch, length = inputs.shape[:2]
-        check_length(config, length)
-        if positions_BT is None:
-            start = jnp.zeros((batch, 1), jnp.int32) if cache is None else cache.length_B[:, None]
-            positions_BT = start + jnp.arange(length, dtype=jnp.int32)[None]
+        check_length(config, inputs.shape[1])
+        positions_BT = next_positions(inputs, cache) if positions_BT is None else positions_BT
         default, cache, places_BT = enter_tokens(config, cache, positions_BT, segments_BT)
         return run(params, inputs, positions_BT, mask or default, cache, places_BT)
 
@@ -159,16 +157,27 @@ def decoder_lm(config: DecoderConfig, block: Block) -> LM:
             return lm, params
         return _apart(config, block), lay_apart(params, config.layers)  # type: ignore[arg-type]  # a class is hashable
 
-    names = nn.get_partition_spec(jax.eval_shape(boxed, jax.random.key(0)))
     lm = LM(
         config=config, vocab_size=config.vocab_size, max_length=config.max_length,
         init=lambda key: nn.unbox(boxed(key)), apply=apply,
         embed=lambda params, tokens_BT: run(params, tokens_BT, method="embed"),
         head=head, logits=logits, init_cache=init_cache, take_rows=caches.take_rows,
         put_rows=caches.put_rows, rewind=caches.rewind, resize=caches.resize, for_decoding=for_decoding,
-        axes=jax.tree.map(tuple, names, is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec)),
+        axes=logical_axes(boxed),
     )  # fmt: skip
     return lm
+
+
+def logical_axes(boxed: Callable[[Key], Params]) -> Axes:
+    """The names of the axes of parameters that are made with their names around them."""
+    names = nn.get_partition_spec(jax.eval_shape(boxed, jax.random.key(0)))
+    return jax.tree.map(tuple, names, is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec))
+
+
+def next_positions(inputs: Array, cache: KVCache | None) -> Array:
+    """[B, T] the places of tokens in their row, after what the cache holds."""
+    start = jnp.zeros((len(inputs), 1), jnp.int32) if cache is None else cache.length_B[:, None]
+    return start + jnp.arange(inputs.shape[1], dtype=jnp.int32)[None]
 
 
 def enter_tokens(

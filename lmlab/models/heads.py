@@ -28,6 +28,8 @@ from lmlab.models.decoder import (
     decodes_apart,
     enter_tokens,
     lay_apart,
+    logical_axes,
+    next_positions,
     rematerialised,
 )
 from lmlab.models.heads_config import MultiTokenConfig, of_depth
@@ -199,8 +201,7 @@ def _init(config: MultiTokenConfig, model: ModelConfig, base: LM) -> tuple[Calla
         names = range(2, config.heads + 1)
         return {**base.init(key), **{head_name(i): nn.unbox(boxed(jax.random.fold_in(key, i))) for i in names}}
 
-    names = nn.get_partition_spec(jax.eval_shape(boxed, jax.random.key(0)))
-    axes = jax.tree.map(tuple, names, is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec))
+    axes = logical_axes(boxed)
     return init, {**base.axes, **{head_name(i): axes for i in range(2, config.heads + 1)}}
 
 
@@ -214,9 +215,7 @@ def _read(config: MultiTokenConfig, model: ModelConfig) -> Callable[..., Reading
         mask: AttentionMask | None = None, cache: KVCache | None = None,
     ) -> Reading:  # fmt: skip
         check_length(model, inputs.shape[1])
-        if positions_BT is None:
-            start = jnp.zeros((len(inputs), 1), jnp.int32) if cache is None else cache.length_B[:, None]
-            positions_BT = start + jnp.arange(inputs.shape[1], dtype=jnp.int32)[None]
+        positions_BT = next_positions(inputs, cache) if positions_BT is None else positions_BT
         default, cache, places_BT = enter_tokens(model, cache, positions_BT, segments_BT)
         mask = mask or default
         if model.execution.stacked:
