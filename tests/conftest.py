@@ -26,13 +26,18 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-@pytest.fixture(scope="module", autouse=True)
+MAPS = 30_000
+"""Maps of memory, of which Linux gives a process 65,530 (vm.max_map_count). Each compiled program holds some, and the
+process that gets no more dies of a segmentation fault; the tests of one table of models need as many."""
+
+
+@pytest.fixture(autouse=True)
 def _forget_programs():
-    """Compiled programs go with the module that needed them. Each holds some maps of memory, of which Linux gives a
-    process 65,530 (vm.max_map_count); the one that gets no more dies of a segmentation fault.
-    """
+    """Drop the compiled programs when a worker has many."""
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
