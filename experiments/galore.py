@@ -9,8 +9,7 @@ subspace that never changes, LoRA and factorised weights. Prints held-out loss, 
 the rank of what was learned, and bytes of optimiser state; writes results.json, control.svg and losses.svg.
 """
 
-import itertools
-import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,10 +22,10 @@ import numpy as np
 import optax
 import tyro
 
+from experiments.library_text import Text, read_text
+from experiments.results import figure, keep, say
 from lmlab.cli import exit_code
-from lmlab.core.types import Array, Objective, Params, TokenBatch
-from lmlab.data.config import DataConfig
-from lmlab.data.open import open_data
+from lmlab.core.types import Array, Objective, Params
 from lmlab.models.config import AttentionConfig, MLPConfig, TransformerConfig
 from lmlab.models.transformer import transformer
 from lmlab.objectives.next_token import next_token
@@ -170,25 +169,6 @@ def arms(options: Options) -> dict[str, Arm]:
     return {name: found[name] for name in kept} if options.smoke else found
 
 
-@dataclass(frozen=True)
-class Text:
-    """What all arms read."""
-
-    rows: Callable[[int, int], TokenBatch]
-    """`rows(first, count)`: batches [count, S, rows, ...] from a step on; every seed has its own rows."""
-    held_out: TokenBatch
-
-
-def read_text(options: Options) -> Text:
-    """Program text by bytes: the sources of Python's standard library."""
-    data = open_data(DataConfig(length=MODEL.max_length, batch_size=BATCH * options.seeds))
-    deal = lambda *x: np.stack([np.asarray(part).reshape(options.seeds, -1, *part.shape[1:]) for part in x])
-    rows = lambda first, count: jax.tree.map(deal, *data.train.batches(first, count))
-    limit = 64 if options.smoke else HELD_OUT
-    held_out = itertools.islice(data.heldout(), -(-limit // (BATCH * options.seeds)))
-    return Text(rows, jax.tree.map(lambda *x: jnp.concatenate(x)[:limit], *held_out))
-
-
 def train(arm: Arm, text: Text, options: Options) -> dict[str, Any]:
     """Held-out loss of each seed, the rank of what its matrices learned, and bytes of optimiser state.
 
@@ -213,7 +193,7 @@ def train(arm: Arm, text: Text, options: Options) -> dict[str, Any]:
     first = jax.vmap(merged)(states.params)
     every = jax.vmap(lambda state, batch: one(state, batch)[0], (axes, 0), axes)
     advance = jax.jit(lambda states, rows: jax.lax.scan(lambda s, batch: (every(s, batch), None), states, rows)[0])
-    count = min(options.steps, 50)
+    count = math.gcd(options.steps, 50)
     for step in range(0, options.steps, count):
         states = advance(states, text.rows(step, count))
     last = jax.vmap(merged)(states.params)
@@ -250,7 +230,7 @@ def run(options: Options) -> dict[str, Any]:
     chosen = {"frozen": CONTROLS["frozen"], "T=100": CONTROLS["T=100"]} if options.smoke else CONTROLS
     say("the control")
     controls = {name: control(*arguments) for name, arguments in chosen.items()}
-    text, trained = read_text(options), {}
+    text, trained = read_text(options.seeds, BATCH, MODEL.max_length, 64 if options.smoke else HELD_OUT), {}
     for name, arm in arms(options).items():
         say(name)
         trained[name] = train(arm, text, options)
@@ -276,34 +256,20 @@ def table(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], folder: Path) -> None:
     """Bars of the control and of the LM."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from lmlab.report.plots import STYLE
-
     controls = {name: ([found["loss"]], found["rank"]) for name, found in result["control"].items()}
     trained = {name: (found["losses"], found["state_bytes"]) for name, found in result["arms"].items()}
     for name, bars, label in (
         ("control.svg", controls, "loss at the end / at first (number: rank learned)"),
         ("losses.svg", trained, "held-out nats a byte (number: bytes of optimiser state)"),
     ):
-        with rc_context(STYLE):
-            figure = Figure(figsize=(8, 1 + 0.28 * len(bars)), layout="constrained")
-            FigureCanvasAgg(figure)
-            axes = figure.subplots()
+        with figure(folder / name, 8, 1 + 0.28 * len(bars)) as sheet:
+            axes = sheet.subplots()
             means = [float(np.mean(values)) for values, _ in bars.values()]
             spread = [float(np.std(values, ddof=1)) if len(values) > 1 else 0.0 for values, _ in bars.values()]
             drawn = axes.barh(list(bars), means, xerr=spread, color="#0072B2")
             axes.bar_label(drawn, [f" {number:,}" for _, number in bars.values()], fontsize=7)
             axes.invert_yaxis()
             axes.set(xlabel=label, xlim=(0.97 * min(means) if name == "losses.svg" else 0, None))
-            figure.savefig(folder / name)
-
-
-def say(text: str) -> None:
-    """Tell what is being done."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def experiment(options: Options) -> int:
@@ -312,10 +278,7 @@ def experiment(options: Options) -> int:
 
     prepare()
     result = run(options)
-    folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(result, indent=2))
-    draw(result, folder)
+    draw(result, keep(result, options.out))
     print(table(result))
     return 0
 

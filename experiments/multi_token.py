@@ -9,7 +9,6 @@ operations right, all five coefficients? Models of equal size, several seeds at 
 seeds; writes results.json and multi_token.svg.
 """
 
-import json
 import math
 import sys
 import time
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from experiments.results import figure, keep, say
 from lmlab.cli import exit_code
 from lmlab.core.errors import check
 from lmlab.core.rng import key_for
@@ -183,7 +183,7 @@ def without(pool: TokenBatch, *tests: TokenBatch) -> TokenBatch:
     return jax.tree.map(lambda x: x[new_B], pool)
 
 
-def run(options: Options, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def run(options: Options) -> dict[str, Any]:
     """Train every arm; all that is printed and drawn."""
     if options.smoke:
         options = replace(options, seeds=2, steps=4, polynomial_steps=4, every=2, pool=64, held_out=8)
@@ -249,16 +249,8 @@ def table(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Accuracy on second tokens by step, each seed and the median; exact values by number of operations."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from lmlab.report.plots import STYLE
-
-    with rc_context(STYLE):
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        FigureCanvasAgg(figure)
-        left, right = figure.subplots(1, 2)
+    with figure(path, 10, 4) as drawn:
+        left, right = drawn.subplots(1, 2)
         for number, (arm, found) in enumerate(result["induction"].items()):
             values, color = np.asarray(found["second tokens"]), f"C{number}"
             left.plot(found["steps"], values, color=color, linewidth=0.6, alpha=0.4)
@@ -276,17 +268,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 right.plot(place, np.median(last), "_", color=f"C{number}", markersize=18, label=label)
         right.set(xlabel="operations", ylabel="values exactly right", xticks=[1, 2])
         right.legend(fontsize=8, frameon=False)
-        figure.savefig(path)
 
 
 def experiment(options: Options) -> int:
     """Run, write, print."""
     prepare()
-    result = run(options, lambda text: print(text, file=sys.stderr, flush=True))
-    folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(result, indent=1))
-    draw(result, folder / "multi_token.svg")
+    result = run(options)
+    draw(result, keep(result, options.out) / "multi_token.svg")
     print(table(result))
     return 0
 

@@ -8,7 +8,6 @@ differ in parameters and in the order of images. Prints accuracy on held-out ima
 seeds; writes results.json and digits.svg.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from experiments.results import figure, keep
 from lmlab.cli import exit_code
 from lmlab.core.errors import UserError
 from lmlab.core.types import Array, Batch, Key, Objective, Params, Ratio, Terms
@@ -141,16 +141,8 @@ def _no_names(shapes: Any) -> Any:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Accuracy by step."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from lmlab.report.plots import STYLE
-
-    with rc_context(STYLE):
-        figure = Figure(figsize=(6, 3.2), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
+    with figure(path, 6, 3.2) as drawn:
+        axes = drawn.add_subplot()
         for name, found in result["models"].items():
             values = list(found["accuracy"].values())
             label = f"{name}, {found['parameters']:,} parameters"
@@ -158,7 +150,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
                           capsize=2)  # fmt: skip
         axes.set(xlabel="steps", ylabel="held-out accuracy")
         axes.legend(fontsize=8)
-        figure.savefig(path)
 
 
 def experiment(options: Options) -> int:
@@ -175,10 +166,7 @@ def experiment(options: Options) -> int:
         last = found["accuracy"][options.steps]
         print(f"{name:12s} {found['parameters']:,} parameters, held-out accuracy {100 * np.mean(last):.2f} % "
               f"±{100 * np.std(last, ddof=1):.2f} over {options.seeds} seeds", flush=True)  # fmt: skip
-    folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(result, indent=2))
-    draw(result, folder / "digits.svg")
+    draw(result, keep(result, options.out) / "digits.svg")
     return 0
 
 

@@ -24,12 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from experiments.library_text import Text, read_text
+from experiments.results import figure, keep, say
 from lmlab.cli import exit_code
 from lmlab.core.errors import check
 from lmlab.core.rng import key_for
 from lmlab.core.types import Array, Params, TokenBatch
-from lmlab.data.config import DataConfig
-from lmlab.data.open import open_data
 from lmlab.models.config import AttentionConfig, GrowthConfig, ParameterTokens, TokenFormerConfig
 from lmlab.models.flops import training_flops_per_token
 from lmlab.models.growth import grow_params, grown_config
@@ -87,25 +87,6 @@ Curve = dict[int, list[float]]
 """Held-out loss of each seed by step."""
 
 
-@dataclass(frozen=True)
-class Text:
-    """What all arms read."""
-
-    rows: Callable[[int, int], TokenBatch]
-    """`rows(first, count)`: batches [count, S, rows, ...] from a step on; every seed has its own rows."""
-    held_out: TokenBatch
-
-
-def read_text(options: Options) -> Text:
-    """Program text by bytes: the sources of Python's standard library."""
-    data = open_data(DataConfig(length=LENGTH, batch_size=ROWS * options.seeds))
-    deal = lambda *x: np.stack([np.asarray(part).reshape(options.seeds, -1, *part.shape[1:]) for part in x])
-    rows = lambda first, count: jax.tree.map(deal, *data.train.batches(first, first + count))
-    limit = 64 if options.smoke else HELD_OUT
-    held_out = itertools.islice(data.heldout(), -(-limit // (ROWS * options.seeds)))
-    return Text(rows, jax.tree.map(lambda *x: jnp.concatenate(x)[:limit], *held_out))
-
-
 def train(
     text: Text, peak: float, config: TokenFormerConfig, params: Params, steps: range, looks: Sequence[int]
 ) -> tuple[Params, Curve]:  # fmt: skip
@@ -152,7 +133,7 @@ def run(options: Options) -> dict[str, Any]:
     """Train every arm; all that is printed and drawn."""
     if options.smoke:
         options = replace(options, seeds=2, base=4, grown=4, budgets=(4,))
-    learn = partial(train, read_text(options), options.peak)
+    learn = partial(train, read_text(options.seeds, ROWS, LENGTH, 64 if options.smoke else HELD_OUT), options.peak)
     small = replace(MODEL, parameter_tokens=ParameterTokens(options.tokens))
     counts = replace(MODEL, parameter_tokens=ParameterTokens(options.more)).counts
     keys = jax.random.split(jax.random.key(1), options.seeds)
@@ -237,16 +218,8 @@ def table(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Held-out loss after growth, and from nothing by budget."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from lmlab.report.plots import STYLE
-
-    with rc_context(STYLE):
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        FigureCanvasAgg(figure)
-        left, right = figure.subplots(1, 2)
+    with figure(path, 10, 4) as drawn:
+        left, right = drawn.subplots(1, 2)
         for name, curve in result["arms"].items():
             steps, mean = list(curve), [np.mean(losses) for losses in curve.values()]
             left.errorbar(steps, mean, [np.std(losses, ddof=1) for losses in curve.values()], label=name, capsize=2)
@@ -260,12 +233,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
         right.set(xlabel="steps of the large model", xscale="log", xticks=budgets, xticklabels=budgets)
         right.minorticks_off()
         right.legend(fontsize=7)
-        figure.savefig(path)
-
-
-def say(text: str) -> None:
-    """Tell what is being done."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def experiment(options: Options) -> int:
@@ -274,10 +241,7 @@ def experiment(options: Options) -> int:
 
     prepare()
     result = run(options)
-    folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(result, indent=2))
-    draw(result, folder / "growth.svg")
+    draw(result, keep(result, options.out) / "growth.svg")
     print(table(result))
     return 0
 

@@ -6,27 +6,28 @@ import numpy as np
 import pytest
 
 from experiments import in_context as experiment
+from experiments import in_context_topics as topics
 from lmlab.retrieval.encoder import unit_rows
 
 
 def test_a_document_shows_pairs_of_its_topic():
-    documents = experiment.topic_documents(30, 8, np.random.default_rng(0))
-    assert documents.shape == (240, experiment.SIZE)
+    documents = topics.topic_documents(30, 8, np.random.default_rng(0))
+    assert documents.shape == (240, topics.SIZE)
     keys, values = documents[:, 1::2], documents[:, 2::2]
     assert (documents[:, 0] == 0).all()
     assert keys.min() >= 1
-    assert keys.max() <= experiment.KEYS < values.min()
-    assert values.max() == experiment.TOPIC_MODEL.vocab_size - 1
+    assert keys.max() <= topics.KEYS < values.min()
+    assert values.max() == topics.MODEL.vocab_size - 1
     for topic in range(30):
         mine = slice(8 * topic, 8 * topic + 8)
         pairs = set(zip(keys[mine].ravel().tolist(), values[mine].ravel().tolist(), strict=True))
-        assert len(pairs) == len({key for key, _ in pairs}) <= experiment.PAIRS
-    assert all(len(set(row)) == experiment.SHOWN for row in keys.tolist())
+        assert len(pairs) == len({key for key, _ in pairs}) <= topics.PAIRS
+    assert all(len(set(row)) == topics.SHOWN for row in keys.tolist())
 
 
 def test_vectors_are_near_where_pairs_are_shared():
-    documents = experiment.topic_documents(10, 8, np.random.default_rng(0))
-    encode = experiment.pair_encoder(documents).fit([])
+    documents = topics.topic_documents(10, 8, np.random.default_rng(0))
+    encode = topics.pair_encoder(documents).fit([])
     vectors = encode([str(i) for i in range(80)])
     np.testing.assert_allclose(vectors, unit_rows(vectors), atol=1e-6)
     sims = vectors @ vectors.T
@@ -35,9 +36,9 @@ def test_vectors_are_near_where_pairs_are_shared():
 
 
 def test_values_stand_where_they_are_looked_for():
-    documents = experiment.topic_documents(1, experiment.WINDOW, np.random.default_rng(0))
-    labels = documents.ravel()[1:][experiment.value_places()]
-    np.testing.assert_array_equal(labels.reshape(experiment.WINDOW, -1), documents[:, 2::2])
+    documents = topics.topic_documents(1, topics.WINDOW, np.random.default_rng(0))
+    labels = documents.ravel()[1:][topics.value_places()]
+    np.testing.assert_array_equal(labels.reshape(topics.WINDOW, -1), documents[:, 2::2])
 
 
 def test_the_experiment_runs_and_writes_what_it_found(tmp_path, capsys, monkeypatch):
@@ -53,7 +54,7 @@ def test_the_experiment_runs_and_writes_what_it_found(tmp_path, capsys, monkeypa
     arms = {f"{order}, {attend}" for order in ("random", "related") for attend in ("row", "document")}
     assert set(result["topics"]["arms"]) == set(result["text"]["arms"]) == arms
     for arm in result["topics"]["arms"].values():
-        assert np.shape(arm["by place"]) == (2, experiment.WINDOW)
+        assert np.shape(arm["by place"]) == (2, topics.WINDOW)
     assert all(order["same topic"] > 0.5 for order in result["topics"]["order"])
     for arm in result["text"]["arms"].values():
         assert np.isfinite([arm["related"], arm["random"]]).all()
