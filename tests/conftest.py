@@ -1,5 +1,6 @@
 """Eight CPU devices, strict promotion of ranks, quick compilation and a cache of it; all set before JAX starts."""
 
+import itertools
 import json
 import os
 import shutil
@@ -22,13 +23,16 @@ from lmlab.cli import main  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # A cache for each worker: one has died where it read what another may have been writing.
 jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla" / os.environ.get("PYTEST_XDIST_WORKER", "alone")))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+# To write and read one operation's program takes as long as to compile it.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-MAPS = 30_000
+MAPS, TESTS = 30_000, 20
 """Maps of memory, of which Linux gives a process 65,530 (vm.max_map_count). Each compiled program holds some, and the
-process that gets no more dies of a segmentation fault; the tests of one table of models need as many."""
+process that gets no more dies of a segmentation fault; the tests of one table of models need as many. They are counted
+once in so many tests."""
+DONE = itertools.count(1)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +40,7 @@ def _forget_programs():
     """Drop the compiled programs when a worker has many."""
     yield
     maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > MAPS:
+    if next(DONE) % TESTS == 0 and maps.exists() and maps.read_bytes().count(b"\n") > MAPS:
         jax.clear_caches()
 
 

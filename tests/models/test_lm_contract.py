@@ -20,16 +20,23 @@ T = 6
 
 @pytest.fixture(scope="module", params=LMS)
 def made(request: pytest.FixtureRequest) -> tuple[LM, Params]:
-    lm = LMS[request.param]()
-    return lm, lively(jax.jit(lm.init)(jax.random.key(0)))
+    lm = compiled(LMS[request.param]())
+    return lm, lively(lm.init(jax.random.key(0)))
+
+
+def compiled(lm: LM) -> LM:
+    """The same model, each function one program: compiling every operation for itself takes most of the time here."""
+    names = ("init", "apply", "embed", "logits", "take_rows", "put_rows", "rewind")
+    functions = {name: jax.jit(getattr(lm, name)) for name in names}
+    return replace(lm, **functions, resize=jax.jit(lm.resize, static_argnums=1))
 
 
 def tokens(rows: int = 2, length: int = T, seed: int = 0) -> jax.Array:
     return jax.random.randint(jax.random.key(seed), (rows, length), 0, VOCAB)
 
 
-def logits(lm: LM, params: Params, tokens_BT: jax.Array, **kwargs: object) -> jax.Array:
-    return lm.logits(params, jax.jit(lambda p, t: lm.apply(p, t, **kwargs)[0])(params, tokens_BT))
+def logits(lm: LM, params: Params, tokens_BT: jax.Array) -> jax.Array:
+    return lm.logits(params, lm.apply(params, tokens_BT)[0])
 
 
 def test_axes_name_every_axis(made):
@@ -58,7 +65,7 @@ def test_a_token_moves_what_follows_and_nothing_before(made):
     lm, params = made
     # Gradient of the output at each place with respect to each input embedding: exactly lower triangular.
     embeddings = lm.embed(params, tokens(1))
-    slope = jax.jacobian(lambda x: lm.apply(params, x)[0].sum(-1)[0])(embeddings)
+    slope = jax.jit(jax.jacobian(lambda x: lm.apply(params, x)[0].sum(-1)[0]))(embeddings)
     size_TT = np.asarray(jnp.abs(slope).sum(-1)[:, 0])
     assert np.all(size_TT[np.triu_indices(T, 1)] == 0)
     window = lm.config.attention.window or T
@@ -73,9 +80,8 @@ def test_cache_is_exact(made, prefill):
     cache = lm.init_cache(2, T + 2)
     hidden, cache = lm.apply(params, tokens()[:, :prefill], cache=cache)
     pieces = [hidden]
-    step = jax.jit(lambda params, token, cache: lm.apply(params, token, cache=cache))
     for i in range(prefill, T):
-        hidden, cache = step(params, tokens()[:, i : i + 1], cache)
+        hidden, cache = lm.apply(params, tokens()[:, i : i + 1], cache=cache)
         pieces.append(hidden)
     chex.assert_trees_all_close(lm.logits(params, jnp.concatenate(pieces, axis=1)), full, atol=2e-5)
 
@@ -162,7 +168,9 @@ def test_init_is_a_function_of_the_key(made):
 
 def test_bfloat16_stays_near_float32(made):
     lm, params = made
-    half = language_model(replace(lm.config, execution=replace(lm.config.execution, compute_dtype="bfloat16")))
+    half = compiled(
+        language_model(replace(lm.config, execution=replace(lm.config.execution, compute_dtype="bfloat16")))
+    )
     hidden, cache = half.apply(params, tokens(), cache=half.init_cache(2, T))
     assert hidden.dtype == jnp.bfloat16
     assert all(part.dtype == jnp.bfloat16 for part in jax.tree.leaves(cache.keys))
