@@ -137,11 +137,12 @@ def refreshes(lm: Any, rank: int, rounds: int) -> tuple[dict[str, list[float]], 
     calls: dict[str, Any] = {}
     for name, refresh in METHODS.items():
         one = jax.jit(partial(renewed, refresh))
+        # All results are waited for, not the last ones alone.
         calls[name] = lambda one=one: {
-            shape: [one(after[shape], old[shape], jax.random.key(1)) for _ in range(count)][-1]
+            shape: [one(after[shape], old[shape], jax.random.key(1)) for _ in range(count)]
             for shape, count in shapes.items()
         }
-    found = {name: call() for name, call in calls.items()}
+    found = {name: {shape: bases[-1] for shape, bases in call().items()} for name, call in calls.items()}
     seconds = take_turns(calls, rounds)
     apart = {
         name: max(float(distance(found[name][shape], found["exact SVD"][shape])) for shape in shapes) for name in calls

@@ -153,16 +153,16 @@ def arms(options: Options) -> dict[str, Arm]:
         "Q-GaLore": projected(timing=lazy(every), store=INT4),
         "Fira": projected(lift=fira(0.25)),
         "FRUGAL": projected(lift=frugal(0.25, 0.05)),
-        "APOLLO": projected(MODEL.width // 4, refresh=gaussian, store=None, lift=apollo()),
-        "APOLLO-Mini": projected(1, refresh=gaussian, store=None, lift=apollo(128.0, per="tensor")),
+        f"APOLLO, rank {MODEL.width // 4}": projected(MODEL.width // 4, refresh=gaussian, store=None, lift=apollo()),
+        "APOLLO-Mini, rank 1": projected(1, refresh=gaussian, store=None, lift=apollo(128.0, per="tensor")),
         "LDAdam": Arm(scale_by_ldadam(choice, rank), 3e-3),
         "LoRA": Arm(
             beside, 3e-3, lambda params, key: lora_factors(params, choice, rank, key),
-            lambda params, factors: with_products(params, factors, choice, rank, scale=2.0),
+            lambda params, factors: with_products(params, factors, choice, scale=2.0),
         ),
         "factorised": Arm(
             beside, 3e-3, lambda params, key: random_factors(params, choice, rank, key),
-            lambda params, factors: as_products(params, factors, choice, rank),
+            lambda params, factors: as_products(params, factors, choice),
         ),
     }  # fmt: skip
     kept = ("Adam, rate 0.003", "GaLore, rotate", "factorised")
@@ -173,7 +173,8 @@ def train(arm: Arm, text: Text, options: Options) -> dict[str, Any]:
     """Held-out loss of each seed, the rank of what its matrices learned, and bytes of optimiser state.
 
     Seeds are trained side by side. Counts of steps, and so the times of refreshes, are theirs together: with a count of
-    each seed's own, both branches of a refresh would run at every step.
+    each seed's own, both branches of a refresh would run at every step, as they do for Q-GaLore, whose times are each
+    matrix's own: its cost here is not what it would be alone.
     """
     rate = build_schedule(ScheduleConfig(peak=arm.peak, warmup=0.1), options.steps)
     tx = optax.chain(arm.rule, optax.scale_by_learning_rate(rate))

@@ -10,7 +10,7 @@ from lmlab.optim.config import GaloreConfig, OptimConfig, ScheduleConfig
 from lmlab.optim.galore import scale_by_galore
 from lmlab.optim.groups import is_names, matching, matrix_axes
 from lmlab.optim.matrices import by_axes
-from lmlab.optim.moments import KEEP, RESET, ROTATE, subspace_adam
+from lmlab.optim.moments import KEEP, RESET, ROTATE, subspace_adam, with_shapes_of_updates
 from lmlab.optim.precision import master_weights, stochastic_rounding
 from lmlab.optim.quantised import BFLOAT16, FLOAT32, INT4, SIGNED8, SQUARE8
 from lmlab.optim.residual import Lift, apollo, fira, frugal, plain
@@ -58,9 +58,10 @@ def _length(value: float, steps: int) -> int:
 def build_optimizer(config: OptimConfig, axes: Any, steps: int, seed: int = 0) -> optax.GradientTransformation:
     """Clip -> rule -> + weight_decay * params -> * -rate(step): decay is decoupled and masked alike for all rules.
 
-    axes: logical axis names by parameter (`LM.axes`). They tell Muon its matrices, which stacked layers and
-    head axes hide from a look at the rank. seed: of stochastic rounding. Unless `config.parameters` is float32
-    the parameters must be bfloat16 (`cast_parameters`); the chain itself runs in float32 always.
+    axes: logical axis names by parameter (`LM.axes`). They tell Muon and GaLore their matrices, which stacked layers
+    and head axes hide from a look at the rank. seed: of stochastic rounding and of random bases. Unless
+    `config.parameters` is float32 the parameters must be bfloat16 (`cast_parameters`); the chain itself runs in float32
+    always.
     """
     decayed = jax.tree.map(lambda skip: not skip, matching(axes, config.no_decay))
     chain = optax.chain(
@@ -83,7 +84,7 @@ def _rule(config: OptimConfig, axes: Any) -> optax.GradientTransformation:
         "lion": lambda: optax.scale_by_lion(b1, b2),
         # As optax.adafactor chains them, less the scaling by parameter size (arXiv 1804.04235).
         "adafactor": lambda: optax.chain(
-            _shapes_of_updates(optax.scale_by_factored_rms()),
+            with_shapes_of_updates(optax.scale_by_factored_rms()),
             optax.clip_by_block_rms(1.0),
             optax.ema(b1, debias=False),
         ),
@@ -110,11 +111,6 @@ def _projected(config: OptimConfig, axes: Any, seed: int) -> optax.GradientTrans
         lift=_lift(galore),
         store={"float32": FLOAT32, "bfloat16": BFLOAT16, "int4": INT4, "drawn": None}[galore.projectors],
     )  # fmt: skip
-
-
-def _shapes_of_updates(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """For a transform that asks for parameters to learn their shapes, which projected gradients do not have."""
-    return optax.GradientTransformation(tx.init, lambda updates, state, params=None: tx.update(updates, state, updates))
 
 
 def _lift(galore: GaloreConfig) -> Lift:

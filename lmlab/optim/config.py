@@ -1,6 +1,6 @@
 """Optimisers and schedules as typed configs. Imports no JAX."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from lmlab.core.errors import check
@@ -58,17 +58,24 @@ class GaloreConfig:
     projectors: Literal["float32", "bfloat16", "int4", "drawn"] = "float32"
     """How projectors are stored; drawn: not at all, for random ones."""
     orthonormalise: Literal["householder", "cholesky", "newton_schulz"] = "householder"
-    """How iterations make bases orthonormal; the last two are products of matrices, for TPUs."""
+    """How refresh subspace and randomised make bases orthonormal; the last two are products of matrices, for TPUs."""
     include: tuple[str, ...] = ()
     """Only hidden matrices whose path contains one of these patterns (regular expressions); empty: all."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        check(self.rank >= 0, "optim.galore.rank", self.rank, "0 or more")
+        whole = 0 <= self.rank < 1 or (self.rank >= 1 and self.rank == int(self.rank))
+        check(whole, "optim.galore.rank", self.rank, "0, a share below 1, or a whole number")
+        changed = [one.name for one in fields(self) if getattr(self, one.name) != one.default]
+        check(self.rank > 0 or not changed, "optim.galore.rank", self.rank,
+              f"a rank, since {', '.join(changed)} is set")  # fmt: skip
         check(self.scale > 0, "optim.galore.scale", self.scale, "a positive number")
         check(self.refresh_every >= 1, "optim.galore.refresh_every", self.refresh_every, "1 or more")
         check(self.side != "two_sided" or self.update in ("galore", "frugal"), "optim.galore.side", self.side,
-              f"one side with update {self.update}, which scales channels")  # fmt: skip
+              f"one side with update {self.update}")  # fmt: skip
+        slanted = self.moments == "rotate" or self.update in ("fira", "frugal")
+        check(self.refresh != "gaussian" or not slanted, "optim.galore.refresh", self.refresh,
+              "orthonormal, or from the gradient, with moments rotate and updates fira and frugal")  # fmt: skip
         drawable = self.refresh in ("gaussian", "orthonormal") and self.timing == "together" and self.moments == "keep"
         check(self.projectors != "drawn" or drawable, "optim.galore.projectors", self.projectors,
               "refresh gaussian or orthonormal, timing together and moments keep beside it")  # fmt: skip

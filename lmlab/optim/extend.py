@@ -7,6 +7,7 @@ import optax
 
 from lmlab.core.errors import check
 from lmlab.core.types import Array
+from lmlab.optim.galore import GaloreState
 from lmlab.optim.groups import path_name
 
 
@@ -15,16 +16,17 @@ def extend_state(old: Any, fresh: Any) -> Any:
 
     fresh: the state that the transform makes of the grown parameters. So moments are zero where parameters are new, and
     master copies are the new parameters there. Counts go on, but for those of schedules: those begin anew. Raises
-    `UserError` where the states are not of one transform, something has shrunk, or moments are factored.
+    `UserError` where the states are not of one transform, something has shrunk, or moments are factored or projected.
     """
     # Optax factors a matrix along the largest two of its axes, and growth may change which is the larger one: then what
-    # was kept of the rows would fit the columns.
+    # was kept of the rows would fit the columns. Projectors know nothing of new rows, and would leave them as they are;
+    # blocks of 8 bits are cut by the length of an axis.
     check(
-        not any(map(_is_factored, jax.tree.leaves(old, is_leaf=_is_factored))),
+        not any(map(_is_bound_to_shapes, jax.tree.leaves(old, is_leaf=_is_bound_to_shapes))),
         "optimiser state",
-        "factored",
+        "factored or projected",
         "one with a moment for every parameter",
-        "What adafactor keeps can not be extended: use --optimizer reset.",
+        "What adafactor and projected gradients keep can not be extended: use --optimizer reset.",
     )
     same = str(jax.tree.structure(old)) == str(jax.tree.structure(fresh))
     check(same, "optimiser state", "of the trained model",
@@ -36,8 +38,8 @@ def extend_state(old: Any, fresh: Any) -> Any:
     return jax.tree_util.tree_map_with_path(extended, old, fresh, is_leaf=_is_schedule)
 
 
-def _is_factored(node: Any) -> bool:
-    return isinstance(node, optax.FactoredState)
+def _is_bound_to_shapes(node: Any) -> bool:
+    return isinstance(node, optax.FactoredState | GaloreState)
 
 
 def _is_schedule(node: Any) -> bool:

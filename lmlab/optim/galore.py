@@ -1,18 +1,19 @@
 """GaLore: any optax transform run on low-rank projections of gradients (arXiv 2403.03507), and its successors.
 
-    tx = galore(1e-2, by_path("attention", "mlp"), rank=128)                       # or by_axes(lm.axes)
-    fira = scale_by_galore(by_axes(lm.axes), 128, lift=fira())                     # arXiv 2410.01623
-    apollo = scale_by_galore(by_axes(lm.axes), 192, refresh=gaussian, lift=apollo(), store=None)
-    golore = scale_by_galore(by_axes(lm.axes), 128, refresh=random_orthonormal)    # arXiv 2410.11289
-    q_galore = scale_by_galore(by_axes(lm.axes), 128, timing=lazy(200), store=INT4)  # arXiv 2407.08296
+    galore(1e-2, by_axes(lm.axes), rank=128)                            # or by_axes(lm.axes, ("attention", "mlp"))
+    scale_by_galore(by_axes(lm.axes), 128, lift=fira())                 # Fira, arXiv 2410.01623
+    scale_by_galore(by_axes(lm.axes), 192, refresh=gaussian, lift=apollo(), store=None)   # APOLLO, arXiv 2412.05270
+    scale_by_galore(by_axes(lm.axes), 128, refresh=random_orthonormal)  # GoLore, arXiv 2410.11289
+    scale_by_galore(by_axes(lm.axes), 128, timing=lazy(200), store=INT4)  # Q-GaLore, arXiv 2407.08296
 
 Each chosen matrix G [m, n] is projected to R = P^T G on an r-dimensional subspace of its shorter side, the inner
 transform makes N of R, and the update is scale * P N. Whatever is not chosen goes through the inner transform as it is.
 
-Under `optax.inject_hyperparams` all arguments but the learning rate are static: `static_args=STATIC`.
+Under `optax.inject_hyperparams` all arguments but the learning rate are static: `static_args=STATIC`. Meshes have Auto
+axes, as everywhere in lmlab: the branches of a refresh would have unlike types on Explicit ones.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ from lmlab.optim.timing import Timing, together
 STATIC = (
     "matrices", "rank", "refresh", "timing", "inner", "lift", "side", "store", "seed", "weight_decay", "mask",
 )  # fmt: skip
-"""Arguments of `galore` that are no numbers to be traced or scheduled."""
+"""Arguments of `galore` that can not be traced or scheduled."""
 
 
 _REFRESH, _TIMING, _INNER, _LIFT = subspace_iteration(), together(200), subspace_adam(), plain(0.25)
@@ -65,7 +66,8 @@ def scale_by_galore(
     Args:
         matrices: which parameters are matrices (`by_axes`, `by_path`, `by_numbers`).
         rank: of the subspace, cut to the shorter side; below 1 a share of it.
-        refresh: how a new basis is found.
+        refresh: how a new basis is found. Bases of `gaussian` numbers are not orthonormal, as `ROTATE`, `fira` and
+            `frugal` need them.
         timing: when.
         inner: an optax transform that needs no parameters, or `subspace_adam` with a policy for its moments.
         lift: how the full update is made, with the scale of the paper (alpha) in it.
@@ -76,7 +78,10 @@ def scale_by_galore(
 
     Raises `UserError` if nothing is chosen, or if `inner` asks for parameters.
     """
-    check(rank > 0, "rank", rank, "a positive number")
+    check(0 < rank < 1 or (rank >= 1 and rank == int(rank)), "rank", rank, "a whole number, or a share below 1")
+    check(side in get_args(Side), "side", side, " or ".join(get_args(Side)))
+    check(store is not None or _needs_no_gradient(refresh), "refresh", refresh,
+          "one that needs no gradient, such as gaussian, where projectors are drawn again")  # fmt: skip
     moving = as_inner(inner)
     check(store is not None or (timing.epoch is not None and moving.move is None), "store", None,
           "timing `together`, and moments that are kept, where projectors are drawn again")  # fmt: skip
@@ -89,12 +94,23 @@ def galore(
     timing: Timing = _TIMING, inner: Moving = _INNER, lift: Lift = _LIFT, side: Side = "std",
     store: Store | None = FLOAT32, seed: int | Array = 0, weight_decay: float = 0.0, mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
-    """`scale_by_galore`, decoupled weight decay of the full parameters (not times the scale of GaLore), the rate."""
+    """`scale_by_galore`, decoupled weight decay of the full parameters (not times the scale of GaLore), the rate.
+
+    Decay acts on the parameters before the update, as optax has it; the authors' code lets it act after.
+    """
     rule = scale_by_galore(
         matrices, rank, refresh=refresh, timing=timing, inner=inner, lift=lift, side=side, store=store, seed=seed
     )
     decay = optax.add_decayed_weights(weight_decay, mask) if weight_decay else optax.identity()
     return optax.chain(rule, decay, optax.scale_by_learning_rate(learning_rate))
+
+
+def _needs_no_gradient(refresh: Refresh) -> bool:
+    try:
+        jax.eval_shape(lambda key: refresh(None, jnp.zeros((2, 1)), key), jax.random.key(0))
+    except (AttributeError, TypeError):
+        return False
+    return True
 
 
 class _Projection(NamedTuple):
@@ -237,4 +253,5 @@ def _run(moving: Inner, low: Any, state: Any, **extra_args: Any) -> tuple[Any, A
         if "requires the current value of parameters" not in str(error):
             raise
         raise UserError("inner", "a transform that asks for parameters", "one that works on gradients alone",
-                        "Chain weight decay, trust ratios and alike behind scale_by_galore.") from None  # fmt: skip
+                        "Chain weight decay, trust ratios and alike behind scale_by_galore; give one that only looks "
+                        "at shapes by way of with_shapes_of_updates.") from None  # fmt: skip

@@ -82,10 +82,12 @@ def _bases(parts: Any, state: GaloreState, found: list[Layout | None]) -> list[t
 
 def _lifted(how: Layout, old: Bases, low: Array) -> Array:
     """What is in the subspace, as the full parameter."""
-    return from_matrices(old.back(to_matrices(low, how.axes)), how.axes, how.shape)
+    with jax.default_matmul_precision("highest"):
+        return from_matrices(old.back(to_matrices(low, how.axes)), how.axes, how.shape)
 
 
 def _outside(how: Layout, new: Bases, x: Array) -> Array:
     """The part of x that the subspace does not hold."""
     matrices = to_matrices(x, how.axes)
-    return from_matrices(matrices - new.back(new.down(matrices)), how.axes, how.shape)
+    with jax.default_matmul_precision("highest"):
+        return from_matrices(matrices - new.back(new.down(matrices)), how.axes, how.shape)

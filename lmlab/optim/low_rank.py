@@ -56,21 +56,21 @@ def _random(how: Layout, key: Key, size: float | Array, zero: bool) -> Factors:
     return Factors(down, jnp.zeros_like(up) if zero else up)
 
 
-def with_products(params: Params, factors: Any, matrices: Choice, rank: float, scale: float = 1.0) -> Params:
+def with_products(params: Params, factors: Any, matrices: Choice, scale: float = 1.0) -> Params:
     """The parameters plus scale * down @ up (of LoRA, alpha / r is the scale). The chosen ones get no gradient."""
-    return _merged(params, factors, matrices, rank, lambda x, product: jax.lax.stop_gradient(x) + scale * product)
+    return _merged(params, factors, matrices, lambda x, product: jax.lax.stop_gradient(x) + scale * product)
 
 
-def as_products(params: Params, factors: Any, matrices: Choice, rank: float) -> Params:
+def as_products(params: Params, factors: Any, matrices: Choice) -> Params:
     """The parameters with down @ up in place of the chosen ones, which are not read."""
-    return _merged(params, factors, matrices, rank, lambda x, product: product)
+    return _merged(params, factors, matrices, lambda x, product: product)
 
 
 def _merged(
-    params: Params, factors: Any, matrices: Choice, rank: float, join: Callable[[Array, Array], Array]
+    params: Params, factors: Any, matrices: Choice, join: Callable[[Array, Array], Array]
 ) -> Params:  # fmt: skip
     treedef: Any = jax.tree.structure(params)
-    leaves = chosen_leaves(params, matrices, rank, "std")
+    leaves = chosen_leaves(params, matrices, 1, "std")  # of any rank: axes alone are read
 
     def one(how: Layout | None, x: Array, pair: Any) -> Array:
         if how is None:

@@ -55,11 +55,17 @@ def by_numbers(numbers: Any) -> Choice:
 
 
 def by_path(*patterns: str) -> Choice:
-    """Parameters with two axes whose path contains a match of one of the patterns; without patterns all of them."""
+    """Parameters with two axes whose path contains a match of one of the patterns; without patterns all of them.
+
+    For trees whose layers lie apart: stacked ones hide matrices, and make norms look like some. The choice raises
+    `UserError` for a parameter with more than two axes that is meant.
+    """
 
     def choice(path: str, shape: tuple[int, ...]) -> MatrixAxes | None:
-        chosen = len(shape) == 2 and jax.tree.leaves(matching({path: 0}, patterns or ("",)))[0]
-        return MatrixAxes((), (0,), (1,)) if chosen else None
+        meant = jax.tree.leaves(matching({path: 0}, patterns or ("",)))[0]
+        check(not meant or len(shape) <= 2, f"parameter {path}", shape, "two axes",
+              "It may hold several matrices: choose by_axes or by_numbers.")  # fmt: skip
+        return MatrixAxes((), (0,), (1,)) if meant and len(shape) == 2 else None
 
     return choice
 
@@ -129,6 +135,9 @@ def _replaced(shape: tuple[int, ...], axes: tuple[int, ...], size: int) -> tuple
 
 def layout(axes: MatrixAxes, shape: tuple[int, ...], rank: float, side: Side) -> Layout:
     """The layout of a parameter. rank: an int, cut to the shorter side, or a share in (0, 1) of the shorter side."""
+    listed = sorted((*axes.batch, *axes.rows, *axes.columns))
+    check(listed == list(range(len(shape))) and list(axes.batch) == sorted(axes.batch), "matrices", axes,
+          f"all axes of {shape} once, those that count matrices in order")  # fmt: skip
     rows, columns = (math.prod(shape[axis] for axis in group) for group in (axes.rows, axes.columns))
     shorter = min(rows, columns)
     size = max(1, round(rank * shorter)) if 0 < rank < 1 else min(int(rank), shorter)

@@ -25,7 +25,7 @@ class Change(NamedTuple):
 
 
 class Inner(NamedTuple):
-    """An optax transform that works on projected gradients."""
+    """A transform that works on projected gradients; one whose moments move is no part of an `optax.chain`."""
 
     init: Callable[[Any], Any]
     update: Callable[..., tuple[Any, Any]]
@@ -38,6 +38,11 @@ class Inner(NamedTuple):
 def as_inner(tx: optax.GradientTransformation | Inner) -> Inner:
     """An optax transform whose state knows nothing of bases; it is kept as it is when they change."""
     return tx if isinstance(tx, Inner) else Inner(tx.init, optax.with_extra_args_support(tx).update)
+
+
+def with_shapes_of_updates(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """For a transform that asks for parameters to learn their shapes, which projected gradients do not have."""
+    return optax.GradientTransformation(tx.init, lambda updates, state, params=None: tx.update(updates, state, updates))
 
 
 class Policy(NamedTuple):
@@ -74,8 +79,9 @@ def rotate_moments(mean: Array, square: Array, C: Array) -> tuple[Array, Array]:
     C: [..., r, r], the new basis, transposed, times the old one. As if the old coordinates varied independently of
     each other (arXiv 2410.16103, section 3.1).
     """
-    turned = C @ mean
-    return turned, jnp.abs((C * C) @ (square - mean * mean) + turned * turned)
+    with jax.default_matmul_precision("highest"):
+        turned = C @ mean
+        return turned, jnp.abs((C * C) @ (square - mean * mean) + turned * turned)
 
 
 KEEP = Policy(None)
@@ -83,7 +89,7 @@ KEEP = Policy(None)
 RESET = Policy(_reset, restarts=True)
 """From zero, and with the bias correction of the first step."""
 ROTATE = Policy(_rotate)
-"""Turned into the new basis (LDAdam, arXiv 2410.16103)."""
+"""Turned into the new basis (LDAdam, arXiv 2410.16103); both bases must be orthonormal."""
 
 
 def subspace_adam(
@@ -120,17 +126,25 @@ def subspace_adam(
         mu, nu = map(mu_store.encode, mus), map(nu_store.encode, nus)
         return whole(steps), optax.ScaleByAdamState(count, whole(mu), whole(nu))
 
+    def _moved(change: Change, mu: Any, nu: Any, decayed: tuple[Array, Array]) -> tuple[Any, Any]:
+        """In a branch: most parameters have no new basis when refreshes are staggered."""
+        shape, turn = change.layout.low_shape, policy.move
+        assert turn is not None
+
+        def turned() -> tuple[Any, Any]:
+            m, v = turn(mu_store.decode(mu, shape), nu_store.decode(nu, shape), change, decayed)
+            return mu_store.encode(m), nu_store.encode(v)
+
+        return jax.lax.cond(jnp.any(change.renewed), turned, lambda: (mu, nu))
+
     def move(state: optax.ScaleByAdamState, changes: Any) -> optax.ScaleByAdamState:
-        assert policy.move is not None
         is_leaf = lambda leaf: leaf is None or isinstance(leaf, Change)
         treedef, mus, nus = _structure(changes, is_leaf), [], []
         decayed = 1 - b1**state.count, 1 - b2**state.count
         given = jax.tree.leaves(changes, is_leaf=is_leaf)
         for change, mu, nu in zip(given, treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu), strict=True):
             if change is not None:
-                shape = change.layout.low_shape
-                m, v = policy.move(mu_store.decode(mu, shape), nu_store.decode(nu, shape), change, decayed)
-                mu, nu = mu_store.encode(m), nu_store.encode(v)
+                mu, nu = _moved(change, mu, nu, decayed)
             mus.append(mu)
             nus.append(nu)
         return optax.ScaleByAdamState(state.count, treedef.unflatten(mus), treedef.unflatten(nus))

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lmlab.core.errors import check
 from lmlab.core.rng import key_for
 from lmlab.core.types import Array, Key
 from lmlab.optim.matrices import Layout, from_matrices, to_matrices
 from lmlab.optim.moments import Change
-from lmlab.optim.quantised import Store
+from lmlab.optim.quantised import INT4, Store, block_axis
 from lmlab.optim.subspace import Refresh, renewed
 
 
@@ -50,6 +51,9 @@ def empty(layout: Layout, store: Store | None) -> Held:
     """Before the first renewal: zeros. Without a store nothing is held."""
 
     def zeros(wanted: bool, shape: tuple[int, ...]) -> Any:
+        apart = store is not INT4 or block_axis(shape) not in layout.axes.batch
+        check(apart or not wanted, "rank", layout.rank, "2 or more with projectors in 4 bits",
+              "Blocks of numbers would run over several matrices.")  # fmt: skip
         return store.encode(jnp.zeros(shape, jnp.float32)) if wanted and store else optax.MaskedNode()
 
     return Held(zeros(layout.left, layout.left_shape), zeros(layout.right, layout.right_shape))
@@ -67,7 +71,7 @@ def drawn(layout: Layout, refresh: Refresh, key: Key) -> Bases:
     """Bases that depend on the key alone, so that nobody needs to store them. `refresh` is given no gradient."""
 
     def draw(wanted: bool, rows: int, key: Key) -> Array | None:
-        one = lambda key: refresh(None, jnp.zeros((rows, layout.rank)), key)  # type: ignore[arg-type]
+        one = lambda key: refresh(None, jnp.zeros((rows, layout.rank)), key)
         each = jax.vmap(one)(jax.random.split(key, layout.number)) if wanted else None
         return each if each is None else each.reshape(*layout.batch, rows, layout.rank)
 
@@ -78,7 +82,8 @@ def drawn(layout: Layout, refresh: Refresh, key: Key) -> Bases:
 def renew(
     layout: Layout, gradient: Array, held: Held, due_N: Array, refresh: Refresh, store: Store, key: Key
 ) -> tuple[Held, Array]:  # fmt: skip
-    """The projectors, those that are due made from the gradient; and [N] |cosine| of first columns with the old ones.
+    """The projectors, those that are due made from the gradient; and [N] |cosine| of first columns with the old ones,
+    -1 where the gradient is zero or not finite and says nothing.
 
     One matrix at a time, each in a branch of its own, so that no more than one of them is copied and decomposed at
     once, and nothing is done where nothing is due.
@@ -118,10 +123,13 @@ def _renewed(refresh: Refresh, G: Array, old: Array, due_N: Array, key: Key) -> 
     size = lambda x: jnp.sqrt(jnp.sum(x * x, axis=1))
     both = size(first(new_NMR)) * size(first(old_NMR))
     cosine_N = jnp.abs(jnp.sum(first(new_NMR) * first(old_NMR), axis=1)) / jnp.where(both > 0, both, 1)
-    return new_NMR.reshape(old.shape), cosine_N
+    largest_N = jnp.max(jnp.abs(G_NMK), axis=(1, 2))
+    return new_NMR.reshape(old.shape), jnp.where(jnp.isfinite(largest_N) & (largest_N > 0), cosine_N, -1)
 
 
 def change(layout: Layout, old: Bases, new: Bases, due_N: Array) -> Change:
     """What a renewal did to the coordinates."""
     overlap = lambda a, b: None if a is None or b is None else _transposed(a) @ b
-    return Change(layout, due_N.reshape(layout.batch), overlap(new.left, old.left), overlap(new.right, old.right))
+    with jax.default_matmul_precision("highest"):
+        left, right = overlap(new.left, old.left), overlap(new.right, old.right)
+    return Change(layout, due_N.reshape(layout.batch), left, right)

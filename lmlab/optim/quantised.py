@@ -95,12 +95,12 @@ def _encode_int4(x: Array) -> Coded:
     low, high = jnp.min(blocks, axis=-1, keepdims=True), jnp.max(blocks, axis=-1, keepdims=True)
     step = jnp.where(high > low, (high - low) / 15, 1)
     codes = _unblocked(jnp.round((blocks - low) / step).astype(jnp.uint8), x.shape)
-    scales = jnp.concatenate([_per_block(step, x.shape), _per_block(low, x.shape)], axis=_axis(x.shape))
+    scales = jnp.concatenate([_per_block(step, x.shape), _per_block(low, x.shape)], axis=block_axis(x.shape))
     return Coded(_packed(codes), scales)
 
 
 def _decode_int4(stored: Coded, shape: tuple[int, ...]) -> Array:
-    axis = _axis(shape)
+    axis = block_axis(shape)
     step, low = (_to_blocks(part, shape) for part in jnp.split(stored.scales, 2, axis=axis))
     codes = _unpacked(stored.codes, shape)
     return _unblocked(_blocks(codes).astype(jnp.float32) * step + low, shape)
@@ -110,8 +110,8 @@ INT4 = Store(_encode_int4, _decode_int4)
 """4 bits between the least and the largest number of a block: for projectors (arXiv 2407.08296, section 3.3)."""
 
 
-def _axis(shape: tuple[int, ...]) -> int:
-    """The last axis longer than 1."""
+def block_axis(shape: tuple[int, ...]) -> int:
+    """The axis that blocks run along: the last one longer than 1."""
     return max((i for i, size in enumerate(shape) if size > 1), default=len(shape) - 1)
 
 
@@ -123,7 +123,7 @@ def _cut(size: int) -> tuple[int, int]:
 
 def _blocks(x: Array) -> Array:
     """[..., n, 1...] -> [..., blocks, block], padded by zeros."""
-    axis = _axis(x.shape)
+    axis = block_axis(x.shape)
     blocks, block = _cut(x.shape[axis])
     x = x.reshape(x.shape[: axis + 1])
     padded = jnp.pad(x, [(0, 0)] * axis + [(0, blocks * block - x.shape[axis])])
@@ -132,24 +132,24 @@ def _blocks(x: Array) -> Array:
 
 def _unblocked(blocks: Array, shape: tuple[int, ...]) -> Array:
     """Undo `_blocks`."""
-    axis = _axis(shape)
+    axis = block_axis(shape)
     return blocks.reshape(*shape[:axis], -1)[..., : shape[axis]].reshape(shape)
 
 
 def _per_block(scales: Array, shape: tuple[int, ...]) -> Array:
     """[..., blocks, 1] -> the shape of the array, with the blocks in place of the numbers."""
-    axis = _axis(shape)
+    axis = block_axis(shape)
     return scales.reshape(*shape[:axis], -1, *shape[axis + 1 :])
 
 
 def _to_blocks(scales: Array, shape: tuple[int, ...]) -> Array:
     """Undo `_per_block`."""
-    return scales.reshape(*shape[: _axis(shape)], -1, 1)
+    return scales.reshape(*shape[: block_axis(shape)], -1, 1)
 
 
 def _packed(codes: Array) -> Array:
     """Two 4-bit codes in one uint8, the second of them 0 beyond the end."""
-    axis = _axis(codes.shape)
+    axis = block_axis(codes.shape)
     flat = codes.reshape(codes.shape[: axis + 1])
     flat = jnp.pad(flat, [(0, 0)] * axis + [(0, flat.shape[axis] % 2)])
     pairs = flat[..., 0::2] | (flat[..., 1::2] << 4)
@@ -158,7 +158,7 @@ def _packed(codes: Array) -> Array:
 
 def _unpacked(pairs: Array, shape: tuple[int, ...]) -> Array:
     """Undo `_packed`."""
-    axis = _axis(shape)
+    axis = block_axis(shape)
     both = jnp.stack([pairs & 15, pairs >> 4], axis=axis + 1).reshape(*shape[:axis], -1)
     return both[..., : shape[axis]].reshape(shape)
 

@@ -44,7 +44,8 @@ def plain(scale: float = 0.25) -> Lift:
 def fira(scale: float = 0.25) -> Lift:
     """Scale * P N, and the rest of the gradient stepped like its projection, column by column (arXiv 2410.01623).
 
-    The rest is scaled by |N_j| / |R_j| of each column of the longer side, and its norm may grow by 1% a step.
+    The rest is scaled by |N_j| / |R_j| of each column of the longer side, and its norm may grow by 1% a step. Bases
+    must be orthonormal: what they hold is no rest.
     """
 
     def update(x: Projected, largest: Array) -> tuple[Array, Array]:
@@ -70,10 +71,15 @@ def apollo(scale: float = 1.0, per: str = "channel") -> Lift:
 
 
 def frugal(scale: float = 0.25, rest: float = 0.25) -> Lift:
-    """Scale * P N, and the signs of the rest of the gradient (arXiv 2411.07837, algorithm 1)."""
+    """Scale * P N, and the signs of the rest of the gradient (arXiv 2411.07837, algorithm 1).
+
+    Bases must be orthonormal: what they hold is no rest. Entries that are but rounding have no sign.
+    """
 
     def update(x: Projected, state: Any) -> tuple[Array, Any]:
-        return scale * x.back(x.step) + rest * jnp.sign(x.gradient - x.back(x.low)), state
+        beyond = x.gradient - x.back(x.low)
+        real = jnp.abs(beyond) > 1e-5 * jnp.max(jnp.abs(x.gradient), axis=(-2, -1), keepdims=True)
+        return scale * x.back(x.step) + rest * jnp.where(real, jnp.sign(beyond), 0), state
 
     return Lift(lambda batch: (), update)
 

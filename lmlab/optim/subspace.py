@@ -5,15 +5,16 @@ products are made in full float32: a TPU would otherwise round their operands to
 """
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from lmlab.core.types import Array, Key
 
-Refresh: TypeAlias = Callable[[Array, Array, Key], Array]
-"""`refresh(G_MN, old_MR, key) -> P_MR`; the old basis is zero before the first refresh."""
+Refresh: TypeAlias = Callable[[Any, Array, Key], Array]
+"""`refresh(G_MN, old_MR, key) -> P_MR`; the old basis is zero before the first refresh. G is None where bases are drawn
+again at every step: random ones do not read it."""
 Orthonormalise: TypeAlias = Callable[[Array], Array]
 """`orthonormalise(Y_MR) -> Q_MR`: an orthonormal basis of a space that contains the columns of Y."""
 

@@ -129,6 +129,10 @@ def test_a_projected_rule_stands_where_the_rule_stood():
         ({"galore": {"rank": 4, "projectors": "drawn"}}, "optim.galore.projectors"),
         ({"galore": {"rank": 4, "side": "two_sided", "update": "fira"}}, "optim.galore.side"),
         ({"galore": {"rank": 4, "refresh_every": 0}}, "optim.galore.refresh_every"),
+        ({"galore": {"rank": 2.5}}, "optim.galore.rank"),
+        ({"galore": {"update": "fira"}}, "optim.galore.rank = 0: expected a rank, since update is set"),
+        ({"galore": {"rank": 4, "refresh": "gaussian", "moments": "rotate"}}, "optim.galore.refresh"),
+        ({"galore": {"rank": 4, "refresh": "gaussian", "update": "fira"}}, "optim.galore.refresh"),
     ],
     ids=str,
 )

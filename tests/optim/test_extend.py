@@ -8,7 +8,7 @@ import pytest
 
 from lmlab.core.errors import UserError
 from lmlab.optim.chain import build_optimizer
-from lmlab.optim.config import OptimConfig, ScheduleConfig
+from lmlab.optim.config import GaloreConfig, OptimConfig, ScheduleConfig
 from lmlab.optim.extend import extend_state
 
 AXES = {"keys": ("embed", "param_tokens"), "norm": ("norm",)}
@@ -86,6 +86,13 @@ def test_factored_moments_are_refused(parameters):
     small, large = ({"keys": jnp.ones((132, size), dtype), "norm": jnp.ones(4, dtype)} for size in (130, 140))
     with pytest.raises(UserError, match=r"factored.*--optimizer reset"):
         extend_state(tx.init(small), tx.init(large))
+
+
+@pytest.mark.parametrize("galore", [GaloreConfig(rank=2), GaloreConfig(rank=2, moment_bits=8)], ids=["32", "8"])
+def test_projected_gradients_are_refused(galore):
+    tx = build_optimizer(OptimConfig(galore=galore), AXES, 10)
+    with pytest.raises(UserError, match=r"projected.*--optimizer reset"):
+        extend_state(tx.init(SMALL), tx.init(LARGE))
 
 
 def test_another_rule_or_a_smaller_model_is_refused():

@@ -10,10 +10,11 @@ import pytest
 from lmlab.core.errors import UserError
 from lmlab.optim.galore import galore, scale_by_galore
 from lmlab.optim.groups import MatrixAxes
-from lmlab.optim.matrices import by_axes, by_numbers, by_path, from_matrices, layout, to_matrices
-from lmlab.optim.moments import KEEP, RESET, ROTATE, subspace_adam
+from lmlab.optim.matrices import by_axes, by_path, to_matrices
+from lmlab.optim.moments import KEEP, RESET, ROTATE, subspace_adam, with_shapes_of_updates
+from lmlab.optim.quantised import INT4
 from lmlab.optim.residual import plain
-from lmlab.optim.subspace import exact_svd, gram
+from lmlab.optim.subspace import exact_svd, gaussian, gram
 from lmlab.optim.timing import lazy, staggered, together
 
 FLAT = MatrixAxes((), (0,), (1,))
@@ -232,29 +233,6 @@ def test_axes_of_heads_and_stacks_are_seen_through(names, side):
         assert np.allclose(to_matrices(a["w"], axes), b["w"], atol=1e-6)
 
 
-def test_matrices_there_and_back():
-    x = gradients(2, 3, 4, 5, steps=1)[0]
-    for axes in (MatrixAxes((1,), (0, 3), (2,)), MatrixAxes((), (2,), (3, 0, 1)), MatrixAxes((0, 2), (3,), (1,))):
-        chex.assert_trees_all_equal(from_matrices(to_matrices(x, axes), axes, x.shape), x)
-
-
-def test_choices_by_path_and_numbers():
-    tree = {"attention": {"q": 0, "bias": 0}, "head": 0}
-    choice = by_path("attention", "mlp")
-    assert choice("attention/q", (3, 4)) == FLAT
-    assert choice("attention/bias", (4,)) is None
-    assert choice("head", (3, 4)) is None
-    numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=(1,))
-    choice = by_numbers({"attention": {"q": numbers, "bias": None}, "head": None})
-    assert choice("attention/q", (2, 3, 4)) == MatrixAxes((0,), (2,), (1,))
-    assert choice("head", (3, 4)) is None
-    with pytest.raises(UserError, match="attention/k"):
-        choice("attention/k", (3, 4))
-    with pytest.raises(UserError, match="disjoint"):
-        by_numbers({"w": optax.contrib.MuonDimensionNumbers(0, -2)})("w", (3, 4))
-    assert jax.tree.structure(tree).num_leaves == 3
-
-
 def test_wrong_input_is_told_of():
     with pytest.raises(UserError, match="embedding"):
         scale_by_galore(by_path("mlp"), 2).init({"embedding": jnp.zeros((3, 4))})
@@ -264,7 +242,38 @@ def test_wrong_input_is_told_of():
     with pytest.raises(UserError, match="weight decay"):
         tx.update({"w": jnp.ones((3, 4))}, tx.init({"w": jnp.ones((3, 4))}))
     with pytest.raises(UserError, match="store"):
-        scaled(store=None, timing=staggered(3))
+        scaled(store=None, timing=staggered(3), refresh=gaussian)
+    with pytest.raises(UserError, match="needs no gradient"):
+        scaled(store=None)
+    with pytest.raises(UserError, match="side = 'rows'"):
+        scaled(side="rows")
+    with pytest.raises(UserError, match=r"rank = 2\.7"):
+        scaled(rank=2.7)
+    for timing in (together, staggered, lazy):
+        with pytest.raises(UserError, match="every = 0"):
+            timing(0)
+    gate = scale_by_galore(by_axes({"w": ("layers", "embed", "stack", "ffn")}), 1, store=INT4)
+    with pytest.raises(UserError, match="rank = 1"):
+        gate.init({"w": jnp.zeros((2, 6, 2, 8))})
+
+
+def test_a_transform_that_only_looks_at_shapes_can_be_projected():
+    G = {"w": gradients(160, 200)}
+    with pytest.raises(UserError, match="with_shapes_of_updates"):
+        run(scaled(rank=140, inner=optax.scale_by_factored_rms()), G)
+    inner = with_shapes_of_updates(optax.scale_by_factored_rms())
+    updates, state = run(scaled(rank=140, inner=inner), G)
+    assert state.inner.v_row["w"].shape == (140,)
+    assert all(np.isfinite(update["w"]).all() for update in updates)
+
+
+def test_a_gradient_that_says_nothing_teaches_lazy_timing_nothing():
+    tx = scaled(timing=lazy(1, threshold=0.0, window=2))
+    G = {"w": jnp.zeros((6, 6, 10))}
+    _, state = run(tx, G)
+    assert state.timing["w"].every.tolist() == [1]
+    _, state = run(tx, {"w": jnp.ones((6, 6, 10)) * gradients(6, 10, steps=1)})
+    assert state.timing["w"].every.tolist() == [4]
 
 
 def test_decay_is_of_the_full_parameter_and_not_scaled():
@@ -272,8 +281,3 @@ def test_decay_is_of_the_full_parameter_and_not_scaled():
     tx = galore(0.1, by_path(), 2, weight_decay=0.5)
     updates, _ = tx.update({"w": jnp.zeros((6, 10))}, tx.init(params), params)
     chex.assert_trees_all_close(updates["w"], -0.05 * params["w"], rtol=1e-6)
-
-
-def test_a_tie_goes_to_the_rows():
-    assert layout(FLAT, (8, 8), 2, "std").left
-    assert layout(FLAT, (8, 8), 2, "reverse_std").right

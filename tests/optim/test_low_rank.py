@@ -58,10 +58,10 @@ def test_of_a_gradient_of_the_rank_nothing_is_left_over():
 
 def test_lora_changes_nothing_at_first_and_then_by_its_rank():
     factors = lora_factors(PARAMS, CHOICE, 3, jax.random.key(0))
-    merged = with_products(PARAMS, factors, CHOICE, 3)
+    merged = with_products(PARAMS, factors, CHOICE)
     chex.assert_trees_all_equal(merged, PARAMS)
     moved = lively(factors)
-    change = jax.tree.map(jnp.subtract, with_products(PARAMS, moved, CHOICE, 3, scale=2.0), PARAMS)
+    change = jax.tree.map(jnp.subtract, with_products(PARAMS, moved, CHOICE, scale=2.0), PARAMS)
     kernel = change["layers"]["mlp"]["gate_up"]["kernel"]  # [L, D, 2, F]
     matrices = np.asarray(to_matrices(kernel, MatrixAxes((0, 2), (1,), (3,))))
     assert np.linalg.matrix_rank(matrices, rtol=1e-4).tolist() == [[3, 3], [3, 3]]
@@ -72,7 +72,7 @@ def test_lora_changes_nothing_at_first_and_then_by_its_rank():
 def test_products_have_the_size_of_the_parameters_that_they_replace():
     big = jax.tree.map(lambda x: 0.02 * jax.random.normal(jax.random.key(1), x.shape), {"w": jnp.ones((200, 300))})
     factors = random_factors(big, by_path(), 20, jax.random.key(0))
-    product = as_products(big, factors, by_path(), 20)["w"]
+    product = as_products(big, factors, by_path())["w"]
     assert np.isclose(jnp.std(product), 0.02, rtol=0.05)
     assert int(jnp.linalg.matrix_rank(product)) == 20
 
@@ -83,7 +83,7 @@ def test_factors_learn_under_any_objective():
     batch, state = random_batch(), None
 
     def loss(factors):
-        term = objective(with_products(PARAMS, factors, CHOICE, 2), batch, jax.random.key(0)).losses["next_token"]
+        term = objective(with_products(PARAMS, factors, CHOICE), batch, jax.random.key(0)).losses["next_token"]
         return term.sum / term.weight
 
     state, step, losses = tx.init(factors), jax.jit(jax.value_and_grad(loss)), []

@@ -65,6 +65,17 @@ def test_rotated_moments_are_those_of_the_formula(side):
     chex.assert_trees_all_close(same, state, atol=1e-6)
 
 
+def test_signs_of_columns_are_nothing_to_rotated_moments():
+    old, new = (random_orthonormal(None, jnp.zeros((6, 3)), jax.random.key(i)) for i in range(2))
+    adam, signs = subspace_adam(policy=ROTATE), jnp.asarray([1.0, -1.0, -1.0])
+    state = adam.init({"w": jnp.zeros((3, 10))})
+    for R in gradients(3, 10):
+        _, state = adam.update({"w": R}, state)
+    one, other = (adam.move(state, {"w": change_of("left", old, P)}) for P in (new, new * signs[None]))
+    chex.assert_trees_all_close(other.mu["w"], signs[:, None] * one.mu["w"], atol=1e-6)
+    chex.assert_trees_all_close(other.nu["w"], one.nu["w"], atol=1e-6)
+
+
 def test_before_the_first_update_there_is_nothing_to_rotate():
     adam = subspace_adam(policy=ROTATE)
     state = adam.init({"w": jnp.zeros((3, 10))})

@@ -100,6 +100,14 @@ def test_matrices_of_a_stack_are_limited_one_by_one():
             assert np.allclose(a[i], b, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_rest_that_is_but_rounding_has_no_sign(shape):
+    G = gradients(*shape)
+    whole, _ = run(scale_by_galore(by_path(), 8, refresh=exact_svd, lift=frugal(0.25, 0.25)), G)
+    wanted, _ = run(scale_by_galore(by_path(), 8, refresh=exact_svd, lift=plain(0.25)), G)
+    assert np.array_equal(whole, wanted)
+
+
 @pytest.mark.parametrize("lift", [fira(1.0), apollo(1.0), apollo(1.0, per="tensor")], ids=["fira", "apollo", "mini"])
 def test_without_an_inner_transform_the_gradient_comes_back_whole(lift):
     """N = R: the projection and the rest, or the gradient times 1."""

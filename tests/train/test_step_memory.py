@@ -22,9 +22,15 @@ def temporary(clip, galore):
 
 
 @pytest.mark.parametrize(
-    "galore", [GaloreConfig(), GaloreConfig(rank=8, refresh="gram", include=("down",))], ids=["adamw", "galore"]
+    ("galore", "most"),
+    [
+        (GaloreConfig(), 0.8),
+        (GaloreConfig(rank=8, refresh="gram", include=("down",)), 0.8),
+        (GaloreConfig(rank=8), 0.95),
+    ],
+    ids=["adamw", "one matrix a layer", "all matrices"],
 )
-def test_without_clipping_the_gradient_never_exists_as_a_whole(galore):
-    # Clipping needs the gradient of everything before it changes anything.
+def test_without_clipping_the_gradient_never_exists_as_a_whole(galore, most):
+    # Clipping needs the gradient of everything before it changes anything. The rest is activations and refreshes.
     assert temporary(1.0, galore) > 1.5
-    assert temporary(0.0, galore) < 0.8
+    assert temporary(0.0, galore) < most
