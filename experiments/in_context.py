@@ -62,7 +62,11 @@ def run(options: Options) -> dict[str, Any]:
     """Both parts, or the one that is asked for."""
     check(options.only in ("", "topics", "text"), "--only", options.only, "topics or text")
     check(options.only != "text" or bool(options.text), "--text", options.text, "a file of posts")
-    check(not options.text or Path(options.text).is_file(), "--text", options.text, "a file of posts")
+    names = (".jsonl", ".jsonl.gz")
+    check(not options.text or (Path(options.text).is_file() and options.text.endswith(names)), "--text", options.text,
+          f"a file of posts, {' or '.join(names)}")  # fmt: skip
+    for name in ("seeds", "topics", "steps", "text_steps", "text_seeds"):
+        check(getattr(options, name) >= 1, f"--{name.replace('_', '-')}", getattr(options, name), "at least 1")
     if options.smoke:
         options = replace(options, seeds=2, topics=40, steps=4, text_steps=2)
     result: dict[str, Any] = {"options": asdict(options)}

@@ -50,7 +50,7 @@ def text_config(path: str, smoke: bool) -> DataConfig:
 def post_groups(path: Path) -> list[str]:
     """The group of each post, by line."""
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-        return [str(json.loads(line).get("group", "")) for line in lines if line.strip()]
+        return [str(json.loads(line).get("group", "")) if line.strip() else "" for line in lines]
 
 
 def order_table(data: Data, config: DataConfig, groups: Sequence[str]) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def heldout_rows(data: Data, config: DataConfig, order: np.ndarray) -> Iterator[
 def run_text(config: DataConfig, seeds: int, steps: int) -> dict[str, Any]:
     """The table of orders, and held-out losses of the four arms."""
     data = open_data(config)
-    posts = Path(config.sources["posts"].path)
+    posts = Path(config.sources["posts"].train)
     result: dict[str, Any] = {"orders": order_table(data, config, post_groups(posts)), "arms": {}}
     heldout = corpus_of(data.caches["heldout"]["posts"], data.tokenizer, "posts/heldout")
     related = np.asarray(order_documents(config.in_context, heldout, cache_root(config.cache_dir)).documents)

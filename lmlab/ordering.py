@@ -37,6 +37,8 @@ class Measured:
 
 def order(args: Order) -> int:
     """Print the table, and write it and the plot."""
+    from lmlab.data.folders import write_atomically
+
     folder = Path(args.out) if args.out else RUNS / f"{Path(args.recipe).stem}-order"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +48,7 @@ def order(args: Order) -> int:
     say(table(found))
     record = {name: {**measured.counts, "orders": measured.orders} for name, measured in found.items()}
     try:
-        (folder / "order.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        write_atomically(folder / "order.json", json.dumps(record, indent=1))
         draw(found, folder / "order.svg")
     except OSError as error:
         raise UserError("--out", str(folder), f"a folder that can be written ({error.strerror})") from error
@@ -84,10 +86,11 @@ def _measure(related: Any, documents: Any, name: str, seed: int, report: Mapping
 
     rng = np.random.default_rng(seed)
     paths = {
-        name: np.searchsorted(related.kept, documents),
         "clusters": cluster_order(related.vectors_nD, rng),
         "random": rng.permutation(len(related.kept)),
     }
+    # The order itself first, and in place of one to compare with if it is of that kind.
+    paths = {name: np.searchsorted(related.kept, documents)} | {k: v for k, v in paths.items() if k != name}
     counts = {key: report[key] for key in ("documents", "held_out", "copies", "ordered", "edges", "components")}
     return Measured(
         counts,
@@ -126,7 +129,7 @@ def draw(found: Mapping[str, Measured], path: Path) -> None:
         FigureCanvasAgg(figure)
         panels = figure.subplots(len(found), 1, squeeze=False)[:, 0]
         for axes, (name, measured) in zip(panels, found.items(), strict=True):
-            for (kind, steps), colour in zip(measured.steps.items(), (TRAIN, HELD_OUT, INK), strict=True):
+            for (kind, steps), colour in zip(measured.steps.items(), (TRAIN, HELD_OUT, INK), strict=False):
                 axes.hist(steps, bins=50, range=(-0.1, 1), histtype="step", color=colour, linewidth=1.5, label=kind)
             axes.set_title(f"{name}: neighbours in the order", loc="left", fontsize=12, fontweight="bold")
             axes.set(xlabel="cosine with the document before", ylabel="documents")

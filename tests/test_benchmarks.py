@@ -19,10 +19,8 @@ from benchmarks import (
     attention,
     checkpoint,
     decode,
-    galore,
     gpu,
     loss,
-    ordering,
     peers,
     scaling,
     timing,
@@ -290,25 +288,3 @@ def test_collectives_are_read_off_a_program():
     assert [scaling.sent(*each[:3]) for each in found] == [72, 14, 24]
     with pytest.raises(ValueError, match="groups=new"):
         scaling.group_size("all-gather(%x), groups=new")
-
-
-def test_ordering_measures_every_stage_and_ends_in_its_numbers(capsys):
-    found = ordering.measure(300)
-    assert found["total"] == pytest.approx(sum(found[stage] for stage in ordering.STAGES))
-    # One in twenty is a near copy, and neighbours in the order come from one cluster.
-    assert 270 <= found["kept"] <= 290
-    assert found["similarity"] > 0.4
-    capsys.readouterr()
-    rows = {n: dict.fromkeys((*ordering.STAGES, "total", "gb", "similarity"), n**2 / 1e9) for n in (1000, 2000)}
-    ordering.report(rows)
-    out = capsys.readouterr().out
-    assert json.loads(out.splitlines()[-1]) == {"seconds_100k": 0.0, "gb_100k": 0.0}
-    assert out.splitlines()[3].split()[1:7] == ["2.00"] * 6
-
-
-def test_projected_gradients_at_toy_size(capsys):
-    sizes = ["--layers", "2", "--width", "64", "--ffn", "96", "--vocab", "50", "--rank", "8", "--rows", "1"]
-    assert galore.main([*sizes, "--rounds", "1"]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["state_bytes_exact"]
-    assert result["distance"] < 1e-2

@@ -1,9 +1,10 @@
-"""The experiment of projected gradients: its control against the closed form, and a smoke run of all of it."""
+"""The experiment of projected gradients, its control against the closed form, and the benchmark, at toy size."""
 
 import json
 
 import pytest
 
+from benchmarks import galore as benchmark
 from experiments import galore
 
 
@@ -32,3 +33,11 @@ def test_a_smoke_run(tmp_path, capsys):
     assert (tmp_path / "out" / "control.svg").exists()
     assert (tmp_path / "out" / "losses.svg").exists()
     assert "closed form" in capsys.readouterr().out
+
+
+def test_the_benchmark_at_toy_size(capsys):
+    sizes = ["--layers", "2", "--width", "64", "--ffn", "96", "--vocab", "50", "--rank", "8", "--rows", "1"]
+    assert benchmark.main([*sizes, "--rounds", "1"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["state_bytes_exact"]
+    assert result["distance"] < 1e-2

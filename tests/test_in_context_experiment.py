@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from benchmarks import ordering
 from experiments import in_context as experiment
 from experiments import in_context_topics as topics
 from lmlab.retrieval.encoder import unit_rows
@@ -76,3 +77,17 @@ def test_without_posts_the_second_part_is_skipped_with_a_reason():
 def test_rude_input_gets_one_line(words, said, capsys):
     assert experiment.main(words) == 2
     assert said in capsys.readouterr().err
+
+
+def test_ordering_measures_every_stage_and_ends_in_its_numbers(capsys):
+    found = ordering.measure(300)
+    assert found["total"] == pytest.approx(sum(found[stage] for stage in ordering.STAGES))
+    # One in twenty is a near copy, and neighbours in the order come from one cluster.
+    assert 270 <= found["kept"] <= 290
+    assert found["similarity"] > 0.4
+    capsys.readouterr()
+    rows = {n: dict.fromkeys((*ordering.STAGES, "total", "gb", "similarity"), n**2 / 1e9) for n in (1000, 2000)}
+    ordering.report(rows)
+    out = capsys.readouterr().out
+    assert json.loads(out.splitlines()[-1]) == {"seconds_100k": 0.0, "gb_100k": 0.0}
+    assert out.splitlines()[3].split()[1:7] == ["2.00"] * 6

@@ -56,6 +56,14 @@ def test_the_table_and_the_plot(topics, capsys):
     assert linked["random"] == orders["random"]
 
 
+@pytest.mark.parametrize("tour", ["random", "clusters", "release", "neighbours"])
+def test_an_order_is_measured_beside_the_others(topics, tour):
+    assert main([*ORDER, "--data.in-context.tour", tour]) == 0
+    orders = json.loads((topics / "ordered/order.json").read_text())["a"]["orders"]
+    assert list(orders) == [tour, *(name for name in ("clusters", "random") if name != tour)]
+    assert (topics / "ordered/order.svg").is_file()
+
+
 def test_a_run_trains_in_the_order_across_documents(topics):
     words = ["run", "related.py", "--out", "related", "--data.order", "in_context", "--data.attend", "row",
              "--data.positions", "row", "--eval.no-baselines"]  # fmt: skip

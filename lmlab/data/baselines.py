@@ -33,15 +33,16 @@ def _nearest(vectors_ND: np.ndarray, centres_CD: np.ndarray) -> np.ndarray:
 
 
 def neighbour_windows(graph: Graph, sizes_N: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
-    """Rows of `length` tokens of a document and its neighbours, nearest first; documents repeat.
+    """A document and its neighbours, nearest first, until a row of `length` tokens is full; documents repeat.
 
     The paper's kNN baseline: documents begin rows in a random order, and there are as many rows as the corpus has
-    tokens for, so that it trains on the same budget.
+    tokens for, so that it trains on the same budget. What a row has no room for is at the beginning of the next.
     """
     budget = int(np.sum(sizes_N))
-    path: list[int] = []
+    length = max(length, 1)
+    room, path = 0, []
     for start in rng.permutation(graph.documents).tolist():
-        room = min(max(length, 1), budget)
+        room = min(length - (-room % length), budget)
         for here in [start, *graph.neighbours[graph.starts[start] : graph.starts[start + 1]].tolist()]:
             path.append(here)
             room -= int(sizes_N[here])

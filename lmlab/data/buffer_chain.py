@@ -1,6 +1,6 @@
 """A chain through a buffer of documents: related neighbours of an unbounded stream (arXiv 2402.13991, BM25Chunk).
 
-No index of the corpus is needed, and no more memory than the buffer.
+The chain itself needs no index of the corpus, and no more memory than the buffer.
 """
 
 import math
@@ -28,7 +28,8 @@ def buffer_chain(
         score: compares.
         sizes_N: tokens of each.
         buffer: documents to choose among.
-        length: tokens of a row; after as many the chain begins anew with the oldest. 0: it never does.
+        length: tokens of a row; where one ends, in the middle of a document or not, the chain begins anew with the
+            oldest. 0: it never does.
     """
     waiting = list(islice(documents, buffer))
     last, room = None, length
@@ -38,8 +39,9 @@ def buffer_chain(
             scores = score(last, waiting)
             best = int(np.argmax(scores))
             place = best if scores[best] > 0 else 0
-        elif length:
-            room = length
+        elif last is not None:
+            # What a row had no room for is at the beginning of the next one, or of a later one.
+            room = length - (-room % length)
         last = waiting.pop(place)
         room -= int(sizes_N[last])
         yield last
@@ -70,6 +72,8 @@ def bm25_scorer(text: Callable[[int], str]) -> Score:
             del sizes[number]
             for word in counts.pop(number):
                 holders[word].discard(number)
+                if not holders[word]:
+                    del holders[word]
         for number in buffered:
             if number not in counts:
                 counts[number] = words(number)

@@ -1,5 +1,6 @@
 """What to read, how to cut it into tokens, and how to lay it out in batches. Imports no JAX."""
 
+import math
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
@@ -123,7 +124,8 @@ class InContextOrder:
     keep: Literal["first", "longest"] = "first"
     """Which of some copies stays."""
     heldout_threshold: float = 0.95
-    """Training documents whose cosine with a held-out one is as high are left out; above 1: none."""
+    """Training documents whose cosine with a held-out one is as high are left out; above 1: none. With pieces = each
+    one piece is enough."""
     mutual: bool = False
     """An edge needs each to be a neighbour of the other."""
     min_sim: float = 0.0
@@ -134,9 +136,9 @@ class InContextOrder:
         "dynamic", "static", "greedy_edges", "release", "buffer_chain", "neighbours", "clusters", "random"
     ] = "dynamic"  # fmt: skip
     """dynamic: the paper's rule, degrees counted among what is left; static: degrees of the whole graph; greedy_edges:
-    the heaviest edges first; release: what the paper's code does; buffer_chain: the best of a buffer is next (arXiv
-    2402.13991). For comparison: neighbours: windows of a document and its neighbours, which repeat; clusters: at random
-    within clusters; random."""
+    the heaviest edges first; release: what the paper's code does; buffer_chain: the best of a buffer is next, among
+    the documents that stay (arXiv 2402.13991). For comparison: neighbours: windows of a document and its neighbours,
+    which repeat; clusters: at random within clusters; random."""
     link_fragments: bool = False
     """Join the pieces between jumps where their ends are most alike (dynamic, static, greedy_edges, release)."""
     buffer: int = 2048
@@ -151,6 +153,9 @@ class InContextOrder:
         for name in ("piece_words", "max_degree"):
             check(getattr(self, name) >= 0, f"data.in_context.{name}", getattr(self, name), "0 or more")
         check(self.threshold > 0, "data.in_context.threshold", self.threshold, "a positive similarity")
+        check(-1 <= self.min_sim <= 1, "data.in_context.min_sim", self.min_sim, "a cosine, from -1 to 1")
+        check(not math.isnan(self.heldout_threshold), "data.in_context.heldout_threshold", self.heldout_threshold,
+              "a cosine, or more than 1")  # fmt: skip
         linkable = ("dynamic", "static", "greedy_edges", "release")
         check(not self.link_fragments or self.tour in linkable, "data.in_context.link_fragments", self.link_fragments,
               f"False with tour = {self.tour!r}", f"Pieces are what {', '.join(linkable)} leave.")  # fmt: skip
@@ -198,6 +203,8 @@ class DataConfig:
         check(self.batch_size >= 1, "data.batch_size", self.batch_size, "at least 1 row")
         check(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1 batch")
         check(not self.recut or self.packing == "concat", "data.recut", self.recut, "False unless packing is concat")
+        check(self.order != "in_context" or self.packing == "concat", "data.packing", self.packing,
+              "concat with order = in_context", "Other packings choose what goes into a row by its size.")  # fmt: skip
         for name, weight in self.weights.items():
             check(name in self.sources, "data.weights", name, f"names of sources: {', '.join(self.sources)}")
             check(weight > 0, f"data.weights[{name}]", weight, "a positive share")

@@ -12,11 +12,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from lmlab.data.graph import build_graph, components
+from lmlab.data.graph import build_graph, components, edges
 
 _SPACE = re.compile(r"\s+")
 _WORD = re.compile(r"\w+")
-_PRIME = np.uint64((1 << 61) - 1)
+_PRIME = np.uint64((1 << 31) - 1)
+"""As large as the codes of shingles: a larger one would not mix them, and all hashes would find the same minimum."""
 
 
 def representatives(low: np.ndarray, high: np.ndarray, rank_N: np.ndarray, *, complete: bool = False) -> np.ndarray:
@@ -31,10 +32,9 @@ def representatives(low: np.ndarray, high: np.ndarray, rank_N: np.ndarray, *, co
     by_rank = np.argsort(rank_N)
     if not complete:
         return by_rank[components(rank_N[low], rank_N[high], len(rank_N))][rank_N]
-    # In the numbering by rank the graph's rows hold the duplicates of each document.
-    pairs = np.stack([rank_N[low], rank_N[high]], axis=1) if len(low) else np.zeros((0, 2), np.int64)
+    # In the numbering by rank: the duplicates of each document.
     beside: dict[int, list[int]] = {}
-    for i, j in pairs.tolist():
+    for i, j in zip(rank_N[low].tolist(), rank_N[high].tolist(), strict=True):
         beside.setdefault(i, []).append(j)
         beside.setdefault(j, []).append(i)
     stays = np.arange(len(rank_N))
@@ -48,10 +48,8 @@ def representatives(low: np.ndarray, high: np.ndarray, rank_N: np.ndarray, *, co
 
 def alike_pairs(ids_NK: np.ndarray, sims_NK: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
     """Pairs of documents of which a search found one near the other with at least this similarity."""
-    graph = build_graph(ids_NK, sims_NK, min_sim=threshold)
-    here = np.repeat(np.arange(graph.documents), np.diff(graph.starts))
-    once = here < graph.neighbours
-    return here[once], graph.neighbours[once]
+    low, high, _ = edges(build_graph(ids_NK, sims_NK, min_sim=threshold))
+    return low, high
 
 
 def equal_pairs(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -68,13 +66,15 @@ def equal_pairs(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def minhash_pairs(
-    texts: Iterable[str], threshold: float, *, hashes: int = 128, bands: int = 16, seed: int = 0
+    texts: Iterable[str], threshold: float, *, hashes: int = 128, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Pairs whose sets of 5 words in a row overlap by at least `threshold` (Jaccard), as MinHash estimates it.
 
-    Candidates agree in all hashes of a band (locality-sensitive hashing); pairs are compared with the first of their
-    bucket, so that a thousand copies give a thousand pairs and not a million.
+    Candidates agree in all hashes of a band (locality-sensitive hashing), which pairs at the threshold do with a
+    probability of at least 0.95. Pairs are compared with the first of their bucket, so that a thousand copies give a
+    thousand pairs and not a million; two that are like each other but not like the first can be missed.
     """
+    bands = next(bands for bands in (4, 8, 16, 32, 64, 128) if bands == 128 or _found(threshold, bands, hashes) >= 0.95)
     rng = np.random.default_rng(seed)
     a_H = rng.integers(1, 1 << 31, hashes).astype(np.uint64)
     b_H = rng.integers(0, 1 << 31, hashes).astype(np.uint64)
@@ -88,6 +88,11 @@ def minhash_pairs(
     found = [(i, j) for i, j in sorted(pairs) if np.mean(signatures_NH[i] == signatures_NH[j]) >= threshold]
     low, high = np.asarray(found, np.int64).reshape(-1, 2).T
     return low, high
+
+
+def _found(similarity: float, bands: int, hashes: int) -> float:
+    """The probability that two sets agree in all hashes of a band."""
+    return 1 - (1 - min(similarity, 1.0) ** (hashes // bands)) ** bands
 
 
 def _signature(text: str, a_H: np.ndarray, b_H: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from lmlab.core.errors import UserError
 META = "meta.json"
 """What a sealed folder says of itself."""
 _CHECKED_BLOCKS, _BLOCK_BYTES = 128, 65536
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def cache_root(cache_dir: str | Path = "") -> Path:
@@ -65,7 +66,8 @@ def build_once(
             _flush_folder(target.parent)
         except OSError as error:
             explained = _explain(partial, error)
-            shutil.rmtree(partial, ignore_errors=True)
+            if error.errno in _FULL:
+                shutil.rmtree(partial, ignore_errors=True)
             raise explained from error
         finally:
             if not resume:
@@ -147,7 +149,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _explain(partial: Path, error: OSError) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in _FULL:
         written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
         free = shutil.disk_usage(partial.parent).free
         return UserError(

@@ -21,6 +21,11 @@ class Graph:
         """N."""
         return len(self.starts) - 1
 
+    @property
+    def owners(self) -> np.ndarray:
+        """[2 E] the document in whose row each entry stands."""
+        return np.repeat(np.arange(self.documents), np.diff(self.starts))
+
 
 def build_graph(
     ids_NK: np.ndarray, sims_NK: np.ndarray, kept: np.ndarray | None = None, *, mutual: bool = False,
@@ -47,7 +52,7 @@ def build_graph(
     low, high, sims = _pairs(here[fine], there[fine], sims[fine], len(kept), mutual)
     graph = _rows(low, high, sims, len(kept))
     if max_degree and np.diff(graph.starts).max(initial=0) > max_degree:
-        row = np.repeat(np.arange(graph.documents), np.diff(graph.starts))
+        row = graph.owners
         near = np.arange(len(row)) - graph.starts[row] < max_degree
         low, high, sims = _pairs(row[near], graph.neighbours[near], graph.sims[near], len(kept), True)
         graph = _rows(low, high, sims, len(kept))
@@ -79,7 +84,7 @@ def _rows(low: np.ndarray, high: np.ndarray, sims: np.ndarray, count: int) -> Gr
 
 def edges(graph: Graph) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Both ends and the similarity of every edge once: falling in similarity, ties rising in numbers."""
-    here = np.repeat(np.arange(graph.documents), np.diff(graph.starts))
+    here = graph.owners
     once = here < graph.neighbours
     low, high, sims = here[once], graph.neighbours[once], graph.sims[once]
     order = np.lexsort((high, low, -sims))
@@ -102,12 +107,11 @@ def components(low: np.ndarray, high: np.ndarray, count: int) -> np.ndarray:
 
 def edge_weights(graph: Graph, here: np.ndarray, there: np.ndarray) -> np.ndarray:
     """Similarity along each of the edges (here, there), NaN where there is none."""
-    row = np.repeat(np.arange(graph.documents), np.diff(graph.starts))
-    keys = row * graph.documents + graph.neighbours
+    if not len(graph.neighbours):
+        return np.full(len(here), np.nan, np.float32)
+    keys = graph.owners * graph.documents + graph.neighbours
     order = np.argsort(keys)
     wanted = here * graph.documents + there
-    place = np.minimum(np.searchsorted(keys, wanted, sorter=order), max(len(keys) - 1, 0))
-    if not len(keys):
-        return np.full(len(wanted), np.nan, np.float32)
+    place = np.minimum(np.searchsorted(keys, wanted, sorter=order), len(keys) - 1)
     found = order[place]
     return np.where(keys[found] == wanted, graph.sims[found], np.nan)

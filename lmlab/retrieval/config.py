@@ -20,9 +20,9 @@ class HashTfidf:
 
     def __post_init__(self) -> None:
         """Check the sizes."""
-        check(self.dimensions >= 1, "encoder.dimensions", self.dimensions, "at least 1")
-        check(1 <= self.bits <= 24, "encoder.bits", self.bits, "1 to 24")
-        check(self.spread >= 1, "encoder.spread", self.spread, "at least 1")
+        check(self.dimensions >= 1, "data.in_context.encoder.dimensions", self.dimensions, "at least 1")
+        check(1 <= self.bits <= 24, "data.in_context.encoder.bits", self.bits, "1 to 24")
+        check(self.spread >= 1, "data.in_context.encoder.spread", self.spread, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,9 @@ class MiniLM:
 
     def __post_init__(self) -> None:
         """Check the sizes."""
-        check(3 <= self.length <= 512, "encoder.length", self.length, "3 to 512, the positions of the model")
-        check(self.batch >= 1, "encoder.batch", self.batch, "at least 1")
+        check(3 <= self.length <= 512, "data.in_context.encoder.length", self.length,
+              "3 to 512, the positions of the model")  # fmt: skip
+        check(self.batch >= 1, "data.in_context.encoder.batch", self.batch, "at least 1")
 
 
 EncoderConfig = HashTfidf | MiniLM
@@ -57,8 +58,8 @@ class ExactSearch:
 
     def __post_init__(self) -> None:
         """Check the sizes."""
-        check(self.queries >= 1, "search.queries", self.queries, "at least 1")
-        check(self.block >= 1, "search.block", self.block, "at least 1")
+        check(self.queries >= 1, "data.in_context.search.queries", self.queries, "at least 1")
+        check(self.block >= 1, "data.in_context.search.block", self.block, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,13 @@ class FaissSearch:
     """Cells that are looked through for a query."""
     train: int = 200_000
     """Vectors that the index is trained on, evenly spread over the corpus."""
-    queries: int = 16384
+    queries: int = 2048
     """Rows of a block of queries: what is lost when a search is killed."""
 
     def __post_init__(self) -> None:
         """Check the sizes."""
         for name in ("probes", "train", "queries"):
-            check(getattr(self, name) >= 1, f"search.{name}", getattr(self, name), "at least 1")
+            check(getattr(self, name) >= 1, f"data.in_context.search.{name}", getattr(self, name), "at least 1")
 
 
 SearchConfig = ExactSearch | FaissSearch

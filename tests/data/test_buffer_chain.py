@@ -26,7 +26,7 @@ def test_every_document_once_and_the_best_of_the_buffer_next(buffer, length):
     for here in found:
         if last is None or (length and room <= 0):
             assert here == waiting[0]
-            room = length
+            room += 0 if last is None else length
         else:
             scores = vectors[waiting] @ vectors[last]
             assert here == (waiting[int(np.argmax(scores))] if scores.max() > 0 else waiting[0])
@@ -65,6 +65,28 @@ def test_bm25_by_its_formula():
     # What has left the buffer no longer counts; what comes in does.
     for query, buffered in [(0, [1, 2, 3]), (1, [2, 3]), (2, [3, 0])]:
         np.testing.assert_allclose(score(query, buffered), formula(query, buffered), rtol=1e-6)
+
+
+def test_chains_begin_where_rows_do():
+    rng = np.random.default_rng(0)
+    vectors, sizes = unit_rows(rng.standard_normal((60, 4))), rng.integers(3, 40, 60)
+    path = np.asarray(list(buffer_chain(iter(range(60)), vector_scorer(vectors), sizes, 60, 10)))
+    begins = np.concatenate([[0], np.cumsum(sizes[path])])
+    waiting = list(range(60))
+    for place, here in enumerate(path.tolist()):
+        new_row = place == 0 or begins[place] // 10 > begins[place - 1] // 10
+        scores = None if new_row else vectors[waiting] @ vectors[path[place - 1]]
+        assert here == (waiting[0] if new_row or scores.max() <= 0 else waiting[int(np.argmax(scores))])
+        waiting.remove(here)
+
+
+def test_words_that_no_buffered_document_has_are_forgotten():
+    score = bm25_scorer(lambda i: f"word{i} common")
+    for i in range(50):
+        score(i, [i + 1, i + 2])
+    (holders,) = [cell.cell_contents for cell in score.__closure__ if isinstance(cell.cell_contents, dict)
+                  and "common" in cell.cell_contents]  # fmt: skip
+    assert set(holders) == {"common", "word50", "word51"}
 
 
 def test_clusters_lie_together():

@@ -81,6 +81,17 @@ def test_minhash_finds_what_shares_its_shingles():
     assert pairs(minhash_pairs(["", ""], 0.5)) == {(0, 1)}
 
 
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8])
+def test_minhash_finds_most_pairs_just_above_its_threshold(threshold):
+    texts, shared = [], int(100 * 2 * threshold / (1 + threshold)) + 6
+    for pair in range(40):
+        words = [f"w{pair}x{i}" for i in range(300)]
+        texts += [" ".join(words[:104]), " ".join(words[104 - shared - 4 : 208 - shared - 4])]
+    found = pairs(minhash_pairs(texts, threshold))
+    assert len(found & {(2 * i, 2 * i + 1) for i in range(40)}) >= 30
+    assert all(i // 2 == j // 2 for i, j in found)
+
+
 def test_the_released_rule_compares_with_the_document_before():
     assert prefix_jaccard("abcd", "abce") == pytest.approx(1 / 3)
     assert prefix_jaccard("", "ab") == 1.0

@@ -1,44 +1,25 @@
 """The whole way from texts to rows of related documents: what stays, what goes, what is made again and what is not."""
 
-import errno
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
+from related_texts import SMALL, corpus, topics
 
 from lmlab.core.errors import UserError
 from lmlab.core.serialize import from_json, to_json
-from lmlab.data import stages, vectors
-from lmlab.data.config import Bytes, DataConfig, Files, InContextOrder
+from lmlab.data.config import Bytes, DataConfig, Files
 from lmlab.data.in_context import order_documents, related_documents
 from lmlab.data.open import open_data
 from lmlab.data.packing import lay_out, row_at, stack_rows
 from lmlab.data.path_quality import step_similarities
 from lmlab.data.stream import train_stream
-from lmlab.data.vectors import Corpus, corpus_of
+from lmlab.data.vectors import corpus_of
 from lmlab.objectives.next_token import label_weights
-from lmlab.retrieval.config import ExactSearch, HashTfidf
 from lmlab.testing.tiny import tiny_cache
-
-SMALL = InContextOrder(encoder=HashTfidf(dimensions=64, bits=12), neighbours=6)
-
-
-def topics(count=120, topic_count=12, seed=0) -> list[str]:
-    """Texts of a few words of one topic each, in a random order."""
-    rng = np.random.default_rng(seed)
-    return [" ".join(f"t{topic}w{w}" for w in rng.integers(0, 12, 20)) for topic in rng.integers(0, topic_count, count)]
-
-
-def corpus(texts, name="train") -> Corpus:
-    sizes_N = np.asarray([len(text) + 2 for text in texts])
-    return Corpus(len(texts), texts.__getitem__, sizes_N, f"{name} {hash(tuple(texts))}", name)
 
 
 def related_share(texts, order) -> float:
@@ -91,8 +72,7 @@ def test_planted_copies_go_and_one_of_each_stays(tmp_path, how):
     config = replace(SMALL, duplicates=how, threshold=0.9)
     order = order_documents(config, corpus(every), tmp_path)
     left = set(order.documents.tolist())
-    assert left <= set(range(60))
-    assert left == set(range(60)) or how == "cosine"
+    assert left == set(range(60))
     assert order.report["copies"] == len(every) - len(left)
     # Of a document and its copy the longer stays if that is asked for.
     longest = order_documents(replace(config, keep="longest"), corpus(every), tmp_path).documents.tolist()
@@ -119,6 +99,48 @@ def test_few_documents(tmp_path, count):
     assert len(order_documents(SMALL, corpus(topics(count)), tmp_path).documents) == count
 
 
+def test_a_piece_in_common_makes_no_copies(tmp_path):
+    licence = " ".join(f"l{i}" for i in range(20))
+    texts = [f"{licence} {text}" for text in topics(40, topic_count=40)]
+    config = replace(SMALL, piece_words=20, pieces="each")
+    order = order_documents(config, corpus([*texts, texts[0]]), tmp_path)
+    assert order.report["copies"] == 1
+    assert len(order.documents) == 40
+
+
+@pytest.mark.parametrize("tour", ["dynamic", "greedy_edges", "clusters", "random", "buffer_chain"])
+def test_the_released_rule_for_copies_goes_along_any_path(tmp_path, tour):
+    texts = [text for text in topics(30) for _ in range(2)]
+    config = replace(SMALL, duplicates="prefix_jaccard", threshold=0.85, tour=tour)
+    order = order_documents(config, corpus(texts), tmp_path)
+    path = order.documents.tolist()
+    assert len(path) == len(set(path))
+    assert order.report["copies"] == len(texts) - len(path)
+    assert not any(texts[a] == texts[b] for a, b in pairwise(path))
+
+
+def test_documents_without_words_are_near_nobody(tmp_path):
+    texts = ["", *topics(30, topic_count=3), "", "!?"]
+    related = related_documents(replace(SMALL, duplicates="none"), corpus(texts), tmp_path)
+    degrees = np.diff(related.graph.starts)
+    assert degrees[[0, 31, 32]].tolist() == [0, 0, 0]
+    assert (degrees[1:31] > 0).all()
+
+
+def test_settings_of_the_graph_reach_it(tmp_path):
+    def graph(**changes):
+        return related_documents(replace(SMALL, duplicates="none", **changes), corpus(topics()), tmp_path).graph
+
+    assert graph(min_sim=0.5).sims.min() >= 0.5 > graph().sims.min()
+    assert np.diff(graph(max_degree=2).starts).max() == 2 < np.diff(graph().starts).max()
+    assert len(graph(mutual=True).sims) < len(graph().sims)
+    assert not np.allclose(np.mean(graph(center=True).sims), np.mean(graph().sims), atol=1e-3)
+    with pytest.raises(UserError, match="min_sim"):
+        replace(SMALL, min_sim=float("nan"))
+    with pytest.raises(UserError, match="packing"):
+        DataConfig(order="in_context", packing="whole")
+
+
 @pytest.mark.parametrize("pieces", ["each", "mean"])
 def test_long_documents_have_a_vector_for_each_piece(tmp_path, pieces):
     texts = [f"{one} {other}" for one, other in zip(topics(), topics(seed=1), strict=True)]
@@ -126,109 +148,6 @@ def test_long_documents_have_a_vector_for_each_piece(tmp_path, pieces):
     order = order_documents(config, corpus(texts), tmp_path)
     assert sorted(order.documents.tolist()) == list(range(len(texts)))
     assert len(list(tmp_path.glob("vectors-*/document.npy"))) == (pieces == "each")
-
-
-def test_stages_are_kept_and_only_what_changes_is_made_again(tmp_path):
-    texts = topics()
-    order_documents(SMALL, corpus(texts), tmp_path)
-    made = {path.name for path in tmp_path.glob("*-*") if path.is_dir()}
-    assert Counter(name.split("-")[0] for name in made) == {"vectors": 1, "neighbours": 1, "order": 1}
-    never = replace(corpus(texts), text=lambda i: pytest.fail("read again"))
-    again = order_documents(SMALL, never, tmp_path, seed=5, length=7)
-    order_documents(replace(SMALL, tour="static"), never, tmp_path)
-    now = {path.name for path in tmp_path.glob("*-*") if path.is_dir()}
-    assert Counter(name.split("-")[0] for name in now - made) == {"order": 1}
-    (again.folder / "order.npy").write_bytes(b"damaged")
-    fixed = order_documents(SMALL, never, tmp_path)
-    np.testing.assert_array_equal(fixed.documents, order_documents(SMALL, corpus(texts), tmp_path / "other").documents)
-
-
-class Killed(BaseException):
-    """Stands for kill -9: nothing is caught or cleaned up for it."""
-
-
-def build(folder: Path, die_at: int, monkeypatch) -> int:
-    """Order a corpus in blocks of 8 and die at the n-th moment; how many moments there were."""
-    moments = 0
-
-    def moment(function):
-        def passing(*args, **kwargs):
-            nonlocal moments
-            for when in (False, True):
-                moments += 1
-                if moments == die_at:
-                    raise Killed
-                result = None if when else function(*args, **kwargs)
-                kept.append(result)
-            return kept[-2]
-
-        kept = []
-        return passing
-
-    config = replace(SMALL, search=ExactSearch(queries=32, block=32))
-    with monkeypatch.context() as patch:
-        patch.setattr(vectors, "_DOCUMENTS", 32)
-        for module, name in ((stages, "write_atomically"), (stages, "seal"), (stages.np.memmap, "flush"), (np, "save")):
-            patch.setattr(module, name, moment(getattr(module, name)))
-        order_documents(config, replace(corpus(topics()), fingerprint="fixed"), folder)
-    return moments
-
-
-def artefacts(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_killed_at_any_moment_then_gone_on_with_equals_clean(tmp_path, monkeypatch):
-    whole = build(tmp_path / "clean", 0, monkeypatch)
-    assert whole > 30
-    for moment in range(1, whole + 1, 3):
-        folder = tmp_path / str(moment)
-        with pytest.raises(Killed):
-            build(folder, moment, monkeypatch)
-        left = build(folder, 0, monkeypatch)
-        assert artefacts(folder) == artefacts(tmp_path / "clean")
-        # It went on, and did not begin anew: at most one block, and its notes, are done twice.
-        assert left <= whole - moment + 9
-
-
-def test_a_full_disk_is_told_and_nothing_is_left(tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(UserError, match="space"):
-        order_documents(SMALL, corpus(topics(20)), tmp_path)
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
-
-
-KILLED = """
-import os, sys
-from pathlib import Path
-import numpy as np
-import lmlab.data.stages as stages
-from tests.data.test_in_context import *
-
-def note(path, text, write=stages.write_atomically):
-    write(path, text)
-    if text == sys.argv[2] and "neighbours" in str(path):
-        os.kill(os.getpid(), 9)
-
-stages.write_atomically = note
-build(Path(sys.argv[1]), 0, pytest.MonkeyPatch())
-"""
-
-
-def test_a_process_that_is_killed_in_the_search_goes_on_there(tmp_path, monkeypatch):
-    root = Path(__file__).resolve().parents[2]
-    env = os.environ | {"PYTHONPATH": f"{root}:{root}/tests"}
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "a"), "64"], env=env, stderr=subprocess.DEVNULL,
-                          check=False)  # fmt: skip
-    assert done.returncode == -9
-    (left,) = (tmp_path / "a").glob("neighbours-*.partial")
-    assert (left / "done.txt").read_text() == "64"
-    build(tmp_path / "a", 0, monkeypatch)
-    build(tmp_path / "clean", 0, monkeypatch)
-    assert artefacts(tmp_path / "a") == artefacts(tmp_path / "clean")
 
 
 def settings(write_jsonl, tmp_path, **changes) -> DataConfig:

@@ -173,6 +173,15 @@ def test_linking_of_few(count):
     assert sorted(assemble(links).path.tolist()) == list(range(count))
 
 
+def test_ends_that_all_look_alike_are_joined_in_few_rounds(monkeypatch):
+    rounds = []
+    near = linking._near_pairs
+    monkeypatch.setattr(linking, "_near_pairs", lambda rows: rounds.append(len(rows)) or near(rows))
+    links = link_fragments(greedy_edges(graph_of({}, 3000)), np.ones((3000, 4), np.float32) / 2)
+    assert sorted(assemble(links).path.tolist()) == list(range(3000))
+    assert len(rounds) <= 3
+
+
 def test_cutting_a_path_and_putting_it_together_changes_no_piece():
     graph = GRAPHS["random"]
     tour = walk(graph)
@@ -192,7 +201,7 @@ def test_the_released_rule():
 
 
 def test_better_rules_find_better_paths():
-    """The order of the table of the specification: random, released code, static, dynamic, with linking."""
+    """The order of the table of the specification: random, released code, dynamic, with linking."""
     rng = np.random.default_rng(0)
     centres = points(30, 32)
     vectors = unit_rows(centres[rng.integers(0, 30, 600)] + 0.1 * rng.standard_normal((600, 32)))
