@@ -23,7 +23,7 @@ import optax
 import tyro
 
 from experiments.library_text import Text, read_text
-from experiments.results import figure, keep, say
+from experiments.results import keep, say
 from lmlab.cli import exit_code
 from lmlab.core.types import Array, Objective, Params
 from lmlab.models.config import AttentionConfig, MLPConfig, TransformerConfig
@@ -41,6 +41,7 @@ from lmlab.optim.quantised import INT4, SIGNED8, SQUARE8, stored_bytes
 from lmlab.optim.residual import apollo, fira, frugal
 from lmlab.optim.subspace import exact_svd, gaussian, random_orthonormal
 from lmlab.optim.timing import lazy, staggered, together
+from lmlab.report.plots import drawing
 from lmlab.train.state import State, new_state
 from lmlab.train.step import make_evaluation, make_step, ratio_value
 
@@ -263,7 +264,7 @@ def draw(result: dict[str, Any], folder: Path) -> None:
         ("control.svg", controls, "loss at the end / at first (number: rank learned)"),
         ("losses.svg", trained, "held-out nats a byte (number: bytes of optimiser state)"),
     ):
-        with figure(folder / name, 8, 1 + 0.28 * len(bars)) as sheet:
+        with drawing(folder / name, 8, 1 + 0.28 * len(bars)) as sheet:
             axes = sheet.subplots()
             means = [float(np.mean(values)) for values, _ in bars.values()]
             spread = [float(np.std(values, ddof=1)) if len(values) > 1 else 0.0 for values, _ in bars.values()]

@@ -27,9 +27,10 @@ import tyro
 
 from experiments.in_context_text import run_text, text_config
 from experiments.in_context_topics import VALUES, WINDOW, run_topics
-from experiments.results import figure, keep, say
+from experiments.results import keep, say
 from lmlab.cli import exit_code
 from lmlab.core.errors import check
+from lmlab.report.plots import drawing
 
 NAME = "python -m experiments.in_context"
 
@@ -111,7 +112,7 @@ def table(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Loss by place of the document; on real text held-out loss by arm."""
-    with figure(path, 10, 4) as drawn:
+    with drawing(path, 10, 4) as drawn:
         left, right = drawn.subplots(1, 2)
         for name, arm in result.get("topics", {"arms": {}})["arms"].items():
             places = np.asarray(arm["by place"])

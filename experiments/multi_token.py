@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.results import figure, keep, say
+from experiments.results import keep, say
 from lmlab.cli import exit_code
 from lmlab.core.errors import check
 from lmlab.core.rng import key_for
@@ -45,6 +45,7 @@ from lmlab.models.lm import LM, MultiTokenLM
 from lmlab.objectives.multi_token import ahead, multi_token
 from lmlab.optim.chain import build_optimizer
 from lmlab.optim.config import OptimConfig, ScheduleConfig
+from lmlab.report.plots import drawing
 from lmlab.train.state import State, new_state
 from lmlab.train.step import make_step
 
@@ -249,7 +250,7 @@ def table(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Accuracy on second tokens by step, each seed and the median; exact values by number of operations."""
-    with figure(path, 10, 4) as drawn:
+    with drawing(path, 10, 4) as drawn:
         left, right = drawn.subplots(1, 2)
         for number, (arm, found) in enumerate(result["induction"].items()):
             values, color = np.asarray(found["second tokens"]), f"C{number}"

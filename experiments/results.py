@@ -1,17 +1,9 @@
-"""What experiments do with what they found: tell how far they are, keep the numbers, draw in the style of reports."""
+"""What experiments do beside training: tell how far they are, and keep what they found."""
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from lmlab.report.plots import STYLE
 
 
 def say(text: str) -> None:
@@ -25,13 +17,3 @@ def keep(result: dict[str, Any], out: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(result, indent=2))
     return folder
-
-
-@contextmanager
-def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure to draw into, in inches; written when it is left. The same numbers give the same bytes."""
-    with rc_context(STYLE):
-        drawn = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(drawn)
-        yield drawn
-        drawn.savefig(path, metadata={"Date": None})

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.results import figure, keep
+from experiments.results import keep
 from lmlab.cli import exit_code
 from lmlab.core.errors import UserError
 from lmlab.core.types import Array, Batch, Key, Objective, Params, Ratio, Terms
@@ -35,6 +35,7 @@ from lmlab.models.config import (
 from lmlab.models.vision import Classifier, image_classifier
 from lmlab.optim.chain import build_optimizer
 from lmlab.optim.config import OptimConfig, ScheduleConfig
+from lmlab.report.plots import drawing
 from lmlab.train.state import new_state
 from lmlab.train.step import make_step
 
@@ -141,7 +142,7 @@ def _no_names(shapes: Any) -> Any:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Accuracy by step."""
-    with figure(path, 6, 3.2) as drawn:
+    with drawing(path, 6, 3.2) as drawn:
         axes = drawn.add_subplot()
         for name, found in result["models"].items():
             values = list(found["accuracy"].values())

@@ -25,7 +25,7 @@ import numpy as np
 import tyro
 
 from experiments.library_text import Text, read_text
-from experiments.results import figure, keep, say
+from experiments.results import keep, say
 from lmlab.cli import exit_code
 from lmlab.core.errors import check
 from lmlab.core.rng import key_for
@@ -37,6 +37,7 @@ from lmlab.models.tokenformer import tokenformer
 from lmlab.objectives.next_token import next_token
 from lmlab.optim.chain import build_optimizer
 from lmlab.optim.config import OptimConfig, ScheduleConfig
+from lmlab.report.plots import drawing
 from lmlab.train.state import State, new_state
 from lmlab.train.step import make_evaluation, make_step, ratio_value
 
@@ -218,7 +219,7 @@ def table(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Held-out loss after growth, and from nothing by budget."""
-    with figure(path, 10, 4) as drawn:
+    with drawing(path, 10, 4) as drawn:
         left, right = drawn.subplots(1, 2)
         for name, curve in result["arms"].items():
             steps, mean = list(curve), [np.mean(losses) for losses in curve.values()]

@@ -12,6 +12,7 @@ from lmlab.core.errors import UserError, check
 from lmlab.core.rng import key_for
 from lmlab.core.types import Params
 from lmlab.interop.tokenizer_files import read_tokenizer_files
+from lmlab.loading import check_same_tokens
 from lmlab.models.config import GrowthConfig, ParameterTokens, TokenFormerConfig
 from lmlab.models.growth import check_growth, grow_params, grown_config
 from lmlab.optim.chain import build_optimizer
@@ -109,10 +110,7 @@ def _tokenformer(where: str, model: object) -> TokenFormerConfig:
 
 
 def _check_source(source: Path, pieces: Pieces) -> None:
-    trained = read_tokenizer_files(source).tokenizer
-    check(trained.fingerprint == pieces.data.tokenizer.fingerprint, "data.tokenizer", "another tokenizer",
-          f"that of {source}, whose tokens the model has learnt",
-          f"Train on the same data, or name the file: TokenizerFile({str(source / 'tokenizer.json')!r}).")  # fmt: skip
+    check_same_tokens(source, read_tokenizer_files(source), pieces.data.tokenizer)
     check(has_saved(source), "run folder", str(source), "a run that has saved a checkpoint", "Let it train on first.")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from lmlab.core.errors import UserError, check
 from lmlab.core.types import Params
+from lmlab.data.tokenizers import TextTokenizer
 from lmlab.interop.convert import convert
 from lmlab.interop.families import read_config as read_family
 from lmlab.interop.huggingface import save_pretrained
@@ -61,6 +62,13 @@ def open_model(path: Path, execution: ExecutionConfig, parameters: str) -> Opene
     return Opened(
         config, text, lambda shardings: load_params(source, config, dtype=dtype, place=lambda lm, shapes: shardings)
     )
+
+
+def check_same_tokens(source: Path, text: TokenizerFiles | None, tokenizer: TextTokenizer) -> None:
+    """Raise `UserError` unless data are cut into the tokens that the model at `source` has learnt, as `text` says."""
+    same = text is not None and text.tokenizer.fingerprint == tokenizer.fingerprint
+    check(same, "data.tokenizer", "another tokenizer", f"that of {source}, whose tokens the model has learnt",
+          f"Train on the same data, or name its file: TokenizerFile({str(source / 'tokenizer.json')!r}).")  # fmt: skip
 
 
 def export(source: Path, target: Path, dtype: str = "float32") -> None:

@@ -11,7 +11,7 @@ from lmlab.core.errors import check
 from lmlab.core.rng import key_for
 from lmlab.core.types import Params
 from lmlab.data.open import open_data
-from lmlab.loading import Opened, open_model
+from lmlab.loading import Opened, check_same_tokens, open_model
 from lmlab.models.config import ModelConfig
 from lmlab.models.flops import further_heads_flops_per_token
 from lmlab.models.heads import add_heads, drop_heads
@@ -64,7 +64,8 @@ def _begin(config: MultiToken, folder: Path, share: Share) -> Pieces:
     pieces = heads_pieces(_with_vocabulary_of(source.config, config), share)
     resolved = pieces.config
     assert isinstance(resolved, MultiToken)
-    _check_source(resolved, source, pieces.data.tokenizer.fingerprint)
+    _check_source(resolved, source)
+    check_same_tokens(Path(config.source), source.text, pieces.data.tokenizer)
 
     def first_state(params: Params) -> State:
         key = jax.random.key(config.train.seed)
@@ -83,8 +84,8 @@ def _with_vocabulary_of(model: ModelConfig, config: MultiToken) -> MultiToken:
     return replace(config, model=replace(config.model, vocab_size=vocab))
 
 
-def _check_source(config: MultiToken, source: Opened, tokenizer: str) -> None:
-    """Raise `UserError` unless the source is the model that head 1 is to be, of the same tokens."""
+def _check_source(config: MultiToken, source: Opened) -> None:
+    """Raise `UserError` unless the source is the model that head 1 is to be."""
     wanted, found = config.several.first, source.config
     free = {"execution"} if wanted.positions == "learned" else {"execution", "max_length"}
     check(type(wanted) is type(found), "model", type(wanted).__name__, f"{type(found).__name__}, as {config.source} is")
@@ -94,6 +95,3 @@ def _check_source(config: MultiToken, source: Opened, tokenizer: str) -> None:
               f"{theirs}, as in {config.source}",
               "Heads that are layers are the last ones of model.layers, so head 1's model has heads - 1 fewer."
               if field.name == "layers" else "")  # fmt: skip
-    known = source.text is not None and source.text.tokenizer.fingerprint == tokenizer
-    check(known, "data.tokenizer", "another tokenizer", f"that of {config.source}, whose tokens the model has learnt",
-          "Train on the same data, or name its tokenizer.json: TokenizerFile(path).")  # fmt: skip

@@ -118,15 +118,9 @@ def table(found: Mapping[str, Measured]) -> str:
 
 def draw(found: Mapping[str, Measured], path: Path) -> None:
     """How alike neighbours are in each order: a panel for each source."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from lmlab.report.plots import HELD_OUT, INK, TRAIN, drawing
 
-    from lmlab.report.plots import HELD_OUT, INK, STYLE, TRAIN
-
-    with rc_context(STYLE):
-        figure = Figure(figsize=(6, 3.2 * len(found)), layout="constrained")
-        FigureCanvasAgg(figure)
+    with drawing(path, 6, 3.2 * len(found)) as figure:
         panels = figure.subplots(len(found), 1, squeeze=False)[:, 0]
         for axes, (name, measured) in zip(panels, found.items(), strict=True):
             for (kind, steps), colour in zip(measured.steps.items(), (TRAIN, HELD_OUT, INK), strict=False):
@@ -134,7 +128,6 @@ def draw(found: Mapping[str, Measured], path: Path) -> None:
             axes.set_title(f"{name}: neighbours in the order", loc="left", fontsize=12, fontweight="bold")
             axes.set(xlabel="cosine with the document before", ylabel="documents")
             axes.legend(frameon=False)
-        figure.savefig(path, transparent=True, metadata={"Date": None})
 
 
 def say(text: str) -> None:

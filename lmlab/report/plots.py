@@ -1,7 +1,8 @@
 """Curves of a run as figures that stay readable at the width of a phone."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,16 @@ def smooth(values: Sequence[float], memory: float) -> list[float]:
         total, weight = memory * total + (1 - memory) * value, memory * weight + 1 - memory
         out.append(total / weight)
     return out
+
+
+@contextmanager
+def drawing(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure to draw into, in inches; written when it is left. The same numbers give the same bytes."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+        figure.savefig(path, transparent=True, metadata={"Date": None})
 
 
 def draw(plot: Plot, rows: Rows) -> Figure | None:

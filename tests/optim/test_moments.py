@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from steps import gradients, run
 
 from lmlab.optim.galore import scale_by_galore
 from lmlab.optim.groups import MatrixAxes
@@ -23,18 +24,6 @@ from lmlab.optim.quantised import (
 )
 from lmlab.optim.subspace import random_orthonormal
 from lmlab.optim.timing import together
-
-
-def gradients(*shape, steps=7, seed=0):
-    return jax.random.normal(jax.random.key(seed), (steps, *shape))
-
-
-def run(tx, grads):
-    state, out = tx.init({"w": grads[0]}), []
-    for G in grads:
-        updates, state = jax.jit(tx.update)({"w": G}, state)
-        out.append(updates["w"])
-    return jnp.stack(out), state
 
 
 def change_of(side, old, new):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from steps import gradients, run
 
 from lmlab.core.errors import UserError
 from lmlab.optim.galore import scale_by_galore
@@ -17,18 +18,6 @@ from lmlab.optim.subspace import exact_svd, gaussian, random_orthonormal
 from lmlab.optim.timing import together
 
 SHAPES = ((6, 10), (10, 6))
-
-
-def gradients(*shape, steps=7, seed=0):
-    return jax.random.normal(jax.random.key(seed), (steps, *shape))
-
-
-def run(tx, grads):
-    state, out = tx.init({"w": grads[0]}), []
-    for G in grads:
-        updates, state = jax.jit(tx.update)({"w": G}, state)
-        out.append(updates["w"])
-    return out, state
 
 
 def projections(shape):
