@@ -12,7 +12,7 @@ Then real text, if a file is named (20 Newsgroups: one post a line, fields "text
 in every kind of order, for tf-idf and for MiniLM where it is installed; and the same four arms on a language model, by
 held-out loss on rows of related posts and of posts at random.
 
-Prints tables; writes results.json and in_context.svg. Expect about 10 minutes for each part on two CPU cores.
+Prints tables; writes results.json and in_context.svg. Expect about 6 minutes for the first part on two CPU cores.
 """
 
 import math
