@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import tyro
+from matplotlib.axes import Axes
 
 from experiments.in_context_text import run_text, text_config
 from experiments.in_context_topics import VALUES, WINDOW, run_topics
@@ -111,26 +112,37 @@ def table(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Loss by place of the document; on real text held-out loss by arm."""
-    with drawing(path, 10, 4) as drawn:
-        left, right = drawn.subplots(1, 2)
-        for name, arm in result.get("topics", {"arms": {}})["arms"].items():
-            places = np.asarray(arm["by place"])
-            style = "-" if name.endswith("row") else "--"
-            left.errorbar(range(1, WINDOW + 1), places.mean(axis=0), places.std(axis=0, ddof=1), fmt=style + "o",
-                          label=name, capsize=2, markersize=4)  # fmt: skip
-        left.axhline(math.log(VALUES), color="#666666", linewidth=0.8)
-        left.set(xlabel="document of the window", ylabel="loss on values, nats", xticks=range(1, WINDOW + 1))
-        left.legend(fontsize=8)
-        arms = result.get("text", {}).get("arms", {})
-        for shift, kind in ((-0.2, "related"), (0.2, "random")):
-            means = [np.mean(arm[kind]) for arm in arms.values()]
-            right.barh(np.arange(len(means)) + shift, means, 0.35, label=f"{kind} rows")
-        right.set(yticks=range(len(arms)), yticklabels=list(arms), xlabel="held-out nats a token")
-        if arms:
-            lowest = min(np.mean(values) for arm in arms.values() for values in arm.values())
-            right.set_xlim(left=0.97 * lowest)
-            right.legend(fontsize=8)
+    """A panel for each part: loss by place of the document; on real text held-out loss by arm."""
+    panels = {"topics": draw_topics, "text": draw_text}
+    parts = [name for name in panels if "arms" in result.get(name, {})]
+    with drawing(path, 5 * len(parts), 4) as drawn:
+        for name, axes in zip(parts, drawn.subplots(1, len(parts), squeeze=False)[0], strict=True):
+            panels[name](axes, result[name]["arms"])
+
+
+def draw_topics(axes: Axes, arms: dict[str, Any]) -> None:
+    """Mean and standard deviation over seeds."""
+    for name, arm in arms.items():
+        places = np.asarray(arm["by place"])
+        spread = places.std(axis=0, ddof=1) if len(places) > 1 else None
+        style = "-" if name.endswith("row") else "--"
+        axes.errorbar(range(1, WINDOW + 1), places.mean(axis=0), spread, fmt=style + "o", label=name, capsize=2,
+                      markersize=4)  # fmt: skip
+    axes.axhline(math.log(VALUES), color="#666666", linewidth=0.8)
+    axes.set(xlabel="document of the window", ylabel="loss on values, nats", xticks=range(1, WINDOW + 1))
+    axes.legend(fontsize=8)
+
+
+def draw_text(axes: Axes, arms: dict[str, Any]) -> None:
+    """Both kinds of held-out rows side by side."""
+    for shift, kind in ((-0.2, "related"), (0.2, "random")):
+        means = [np.mean(arm[kind]) for arm in arms.values()]
+        axes.barh(np.arange(len(means)) + shift, means, 0.35, label=f"{kind} rows")
+    lowest = min(np.mean(values) for arm in arms.values() for values in arm.values())
+    axes.set(
+        yticks=range(len(arms)), yticklabels=list(arms), xlabel="held-out nats a token", xlim=(0.97 * lowest, None)
+    )
+    axes.legend(fontsize=8)
 
 
 def experiment(options: Options) -> int:
