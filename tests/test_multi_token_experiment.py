@@ -20,18 +20,26 @@ from lmlab.testing.tiny import lively, tiny_config
 def test_the_experiment_runs_and_writes_what_it_found(tmp_path, capsys):
     assert experiment.main(["--smoke", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "results.json").read_text())
-    arms = {"n = 1", "n = 2", "n = 2, trunk not reduced", "n = 2, labels of head 2 shuffled"}
-    assert set(result["induction"]) == arms
+    assert set(result["induction"]) == {"n = 1", "n = 2, labels of head 2 shuffled"}
     for found in result["induction"].values():
         assert found["steps"] == [0, 2, 4]
         assert np.shape(found["second tokens"]) == (3, 2)
         assert [len(found["passed"][mark]) for mark in ("0.25", "0.75")] == [2, 2]
-    sizes = {arm: found["parameters"] for arm, found in result["induction"].items()}
-    assert sizes["n = 1"] == sizes["n = 2"] < sizes["n = 2, trunk not reduced"]
-    assert len({found["parameters"] for found in result["polynomials"].values()}) == 1
+    assert set(result["polynomials"]) == {"n = 4"}
     assert experiment.Options().out != "runs/multi_token"  # where the recipe of that name is trained
     assert (tmp_path / "multi_token.svg").read_text().startswith("<?xml")
     assert "polynomials, exact" in capsys.readouterr().out
+
+
+def test_arms_are_of_equal_size_but_the_one_that_is_not_to_be():
+    def size(model):
+        return sum(x.size for x in jax.tree.leaves(jax.eval_shape(model.lm.init, jax.random.key(0))))
+
+    sizes = {task: {arm: size(model) for arm, (model, _) in found.items()} for task, found in experiment.arms().items()}
+    larger = sizes["induction"].pop("n = 2, trunk not reduced")
+    assert set(sizes["induction"]) == {"n = 1", "n = 2", "n = 2, labels of head 2 shuffled"}
+    assert [len({*found.values()}) for found in sizes.values()] == [1, 1]
+    assert larger > sizes["induction"]["n = 1"]
 
 
 def test_a_mark_is_passed_at_the_first_look_past_it():

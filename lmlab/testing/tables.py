@@ -61,6 +61,10 @@ LMS: dict[str, Callable[[], LM]] = {
     "multi_token_sequential": lambda: tiny_multi_token_lm("sequential").whole,
 }  # fmt: skip
 """Every language model of lmlab, tiny."""
+CACHES = ("llama", "llama_apart", "mistral", "gpt2", "neox", "no_positions", "tokenformer", "multi_token_whole",
+          "multi_token_sequential")  # fmt: skip
+"""One for each way to keep places, windows, layers and heads: what those who decode can see of a model that keeps the
+contract."""
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,12 @@ from lmlab.inference.engine import read_prompts
 from lmlab.inference.filters import filter_logits
 from lmlab.inference.sample import Sample, draw, sample
 from lmlab.models.config import AttentionConfig, ExecutionConfig
-from lmlab.testing.tables import LMS
+from lmlab.testing.tables import CACHES, LMS
 from lmlab.testing.tiny import VOCAB, lively, tiny_lm
 
 KEY = jax.random.key(5)
 LONGEST = 32
 LENGTHS = (1, 4, 5, 8, 9, 2, 17)
-EXECUTIONS = {"llama_unrolled", "llama_apart", "llama_remat", "llama_remat_dots"}
-"""Of the table; what differs in them is not there when tokens are drawn on a CPU."""
 
 
 def prompts_of(*lengths, seed=0):
@@ -82,7 +80,7 @@ def assert_drawn_by_definition(lm, params, prompts, samples, config, end_ids=())
             assert size == min(config.max_new_tokens, lm.max_length - len(prompt))
 
 
-@pytest.mark.parametrize("name", [*(name for name in LMS if name not in EXECUTIONS), "stacked"])
+@pytest.mark.parametrize("name", [*CACHES, "stacked"])
 def test_seven_prompts_on_two_rows_are_each_drawn_by_definition(name, monkeypatch):
     # Chunks shorter than most prompts, and the last of them wider than the room that is left in the context.
     monkeypatch.setattr(engine, "CHUNK", 4)

@@ -13,7 +13,7 @@ from lmlab.inference import score as scoring
 from lmlab.inference.config import SamplingConfig
 from lmlab.inference.sample import sample
 from lmlab.inference.score import Scored, rolling, score
-from lmlab.testing.tables import LMS
+from lmlab.testing.tables import CACHES, LMS
 from lmlab.testing.tiny import VOCAB, all_sequences, lively, sequence_logprobs, tiny_lm
 
 LM = tiny_lm()
@@ -60,7 +60,7 @@ def assert_same(found, wanted, atol=1e-5):
 
 
 @pytest.mark.parametrize("share_contexts", [False, True], ids=["packed", "shared"])
-@pytest.mark.parametrize("name", LMS)
+@pytest.mark.parametrize("name", CACHES)
 def test_every_model_scores_as_by_full_passes(name, share_contexts):
     lm = LMS[name]()
     params = lively(jax.jit(lm.init)(jax.random.key(0)))
@@ -83,7 +83,7 @@ def test_continuations_of_a_length_have_all_the_probability(share_contexts):
     assert [tuple(row) for row, one in zip(every.tolist(), found, strict=True) if one.greedy] == [tuple(greedy.tokens)]
 
 
-@pytest.mark.parametrize("name", LMS)
+@pytest.mark.parametrize("name", CACHES)
 def test_what_is_sampled_has_the_logprobs_of_the_scorer(name):
     lm = LMS[name]()
     params = lively(jax.jit(lm.init)(jax.random.key(0)))
