@@ -40,6 +40,17 @@ def test_compressed_vectors_in_some_cells_still_find_most(vectors):
     assert not np.any(ids == own[:, None])
 
 
+def test_of_ten_thousand_vectors_nine_in_ten_neighbours_are_found(vectors):
+    rng = np.random.default_rng(1)
+    centres = rng.standard_normal((200, 64))
+    many = unit_rows(centres[rng.integers(0, 200, 10_000)] + 0.7 * rng.standard_normal((10_000, 64)))
+    own = np.arange(0, 10_000, 10)
+    ids, _ = faiss_search(many, 10, FaissSearch("IVF64,PQ32", probes=16))(many[own], own)
+    wanted, _ = exact_search(many, 10)(many[own], own)
+    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(ids.tolist(), wanted.tolist(), strict=True)])
+    assert recall >= 0.9
+
+
 def test_fewer_than_k(vectors):
     ids, sims = faiss_search(vectors[:4], 6, FaissSearch("Flat"))(vectors[:4], np.arange(4))
     assert (np.sort(ids, axis=1)[:, :3] == -1).all()
