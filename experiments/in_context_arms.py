@@ -32,8 +32,8 @@ def trained_arms(
         say(f"attention to the {scope}")
         reader = read_rows(lm, scope, scope)
         params = train(reader, [stream for seeds in streams.values() for stream in seeds], steps, peak)
-        parts = [jax.tree.map(lambda x, i=i: np.split(x, len(streams))[i], params) for i in range(len(streams))]
-        yield scope, reader, dict(zip(streams, parts, strict=True))
+        dealt = jax.tree.map(lambda x: x.reshape(len(streams), -1, *x.shape[1:]), params)
+        yield scope, reader, {order: jax.tree.map(lambda x, i=i: x[i], dealt) for i, order in enumerate(streams)}
 
 
 def train(lm: LM, streams: Sequence[Stream], steps: int, peak: float) -> Params:

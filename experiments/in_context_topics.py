@@ -69,7 +69,7 @@ def topic_streams(topics: int, seed: int) -> tuple[dict[str, Stream], dict[str, 
     data = DataConfig(sources={"topics": Files("")}, length=SIZE * WINDOW, batch_size=ROWS, seed=seed)
     orders = {"random": rng.permutation(count), "related": np.asarray(order.documents)}
     path = orders["related"]
-    quality = {key: float(order.report[key]) for key in ("similarity", "jumps", "ratio")}  # type: ignore[arg-type]
+    quality = {key: order.report[key] for key in ("similarity", "jumps", "ratio")}
     quality["same topic"] = float(np.mean(topic[path[1:]] == topic[path[:-1]]))
     return {name: train_stream(data, {"topics": cache}, orders={"topics": x}) for name, x in orders.items()}, quality
 

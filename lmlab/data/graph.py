@@ -33,6 +33,8 @@ def build_graph(
 ) -> Graph:  # fmt: skip
     """The graph of the kept documents, numbered anew from 0 in their order (arXiv 2310.10638, section 2.2).
 
+    Pairs of similarity 0 are no edges.
+
     Args:
         ids_NK: neighbours of each document; -1: none.
         sims_NK: their similarities; where the two directions differ the larger counts.
@@ -48,7 +50,8 @@ def build_graph(
     here = np.repeat(number, ids_NK.shape[1])
     there = np.where(ids_NK >= 0, number[ids_NK], -1).ravel()
     sims = sims_NK.ravel().astype(np.float32)
-    fine = (here >= 0) & (there >= 0) & (here != there) & (sims >= min_sim)
+    # A document without a word has similarity 0 to all: whom a search names beside it are no neighbours.
+    fine = (here >= 0) & (there >= 0) & (here != there) & (sims >= min_sim) & (sims != 0)
     low, high, sims = _pairs(here[fine], there[fine], sims[fine], len(kept), mutual)
     graph = _rows(low, high, sims, len(kept))
     if max_degree and np.diff(graph.starts).max(initial=0) > max_degree:

@@ -10,6 +10,7 @@ anew.
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -54,7 +55,7 @@ class Order:
 
     documents: np.ndarray
     """[n] int64 numbers of documents of the corpus, first to last, memory-mapped."""
-    report: dict[str, object]
+    report: dict[str, Any]
     """Counts, quality, settings, versions."""
     folder: Path
     """Holds order.npy and report.json."""
@@ -135,41 +136,40 @@ def relate(config: InContextOrder, corpus: Corpus, vectors: Vectors, neighbours:
     # What is near a held-out document stands for no other.
     first = np.lexsort((-corpus.sizes_N if config.keep == "longest" else np.zeros(corpus.count, int), leaked))
     rank_N[first] = np.arange(corpus.count)
-    low, high = _copies(config, corpus, vectors, ids_NK, sims_NK)
+    rows_ND = _documents(vectors)
+    low, high = _copies(config, corpus, rows_ND, ids_NK, sims_NK)
     stands_for = representatives(low, high, rank_N, complete=config.linkage == "complete")
     copies = stands_for != np.arange(corpus.count)
     kept = np.flatnonzero(~copies & ~leaked)
     check(len(kept) > 0, "data.in_context.heldout_threshold", config.heldout_threshold,
           f"a threshold that leaves a document of {corpus.label}",
           f"All {corpus.count} are near to held-out ones.")  # fmt: skip
-    # A document without a word has similarity 0 to all; the first that a search names are no neighbours of it.
-    sims_NK = np.where(sims_NK == 0, -np.inf, sims_NK)
     graph = build_graph(
         ids_NK, sims_NK, kept, mutual=config.mutual, min_sim=config.min_sim, max_degree=config.max_degree
     )
     counts = {"documents": corpus.count, "held_out": int(np.sum(leaked)), "copies": int(np.sum(copies & ~leaked))}
-    return Related(kept, graph, ids_NK, _rows(vectors, kept), counts)
+    return Related(kept, graph, ids_NK, rows_ND[kept], counts)
 
 
-def _rows(vectors: Vectors, kept: np.ndarray) -> np.ndarray:
+def _documents(vectors: Vectors) -> Vectors | np.ndarray:
+    """Unit rows of the documents: as they are on disk, or the means of their pieces."""
     if vectors.document_M is None:
-        return vectors[kept]
+        return vectors
     starts = np.searchsorted(vectors.document_M, np.arange(vectors.document_M[-1] + 1))
-    return unit_rows(np.add.reduceat(vectors[:], starts, axis=0)[kept])
+    return unit_rows(np.add.reduceat(vectors[:], starts, axis=0))
 
 
 def _copies(
-    config: InContextOrder, corpus: Corpus, vectors: Vectors, ids_NK: np.ndarray, sims_NK: np.ndarray
+    config: InContextOrder, corpus: Corpus, rows_ND: Vectors | np.ndarray, ids_NK: np.ndarray, sims_NK: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     texts = (corpus.text(i) for i in range(corpus.count))
     match config.duplicates:
         case "cosine":
             low, high = alike_pairs(ids_NK, sims_NK, config.threshold)
-            if vectors.document_M is None or not len(low):
+            if isinstance(rows_ND, Vectors):
                 return low, high
             # Documents with a piece in common, a licence, are near to one another but no copies.
-            means_ND = _rows(vectors, np.arange(corpus.count))
-            alike = np.sum(means_ND[low] * means_ND[high], axis=1) >= config.threshold
+            alike = np.sum(rows_ND[low] * rows_ND[high], axis=1) >= config.threshold
             return low[alike], high[alike]
         case "minhash":
             return minhash_pairs(texts, config.threshold)
@@ -217,10 +217,11 @@ def _tour(config: InContextOrder, related: Related, label: str) -> Tour:
     return assemble(link_fragments(cut(tour, count), related.vectors_nD)) if config.link_fragments else tour
 
 
-def _report(config: InContextOrder, related: Related, path: np.ndarray, seed: int) -> dict[str, object]:
+def _report(config: InContextOrder, related: Related, path: np.ndarray, seed: int) -> dict[str, Any]:
     low, high, _ = edges(related.graph)
     counts = dict(related.counts)
-    if config.duplicates == "prefix_jaccard" and config.tour != "neighbours":
+    if config.tour != "neighbours":
+        # What the path leaves out begins like its neighbour; a tour that repeats documents leaves out others as well.
         counts["copies"] += len(related.kept) - len(path)
     parts = len(np.unique(components(low, high, len(related.kept))))
     versions = {"lmlab": __version__, "numpy": np.__version__, "jax": jax.__version__}

@@ -56,11 +56,8 @@ def train_stream(
         UserError: `hosts` does not divide the batch; the config's order is one that has to be made before.
     """
     share = _host_share(config, host, hosts)
-    chosen = orders or {}
-    made = config.order != "in_context" or set(chosen) >= set(caches)
-    check(made, "data.order", config.order, "the orders of all sources", "open_data makes them.")
     corpora = {
-        name: _lay_out(config, cache, lookahead, chosen.get(name, _document_order(config, name, cache)))
+        name: _lay_out(config, cache, lookahead, _document_order(config, name, cache, orders or {}))
         for name, cache in caches.items()
     }
     numbers = _row_numbers(config, corpora)
@@ -125,7 +122,14 @@ def _lay_out(config: DataConfig, cache: TokenCache, lookahead: int, order: np.nd
     return lay_out(cache.tokens_N, cache.offsets, **shape, mode=config.packing, order=order, labels_N=cache.labels_N)
 
 
-def _document_order(config: DataConfig, name: str, cache: TokenCache) -> np.ndarray | None:
+def _document_order(
+    config: DataConfig, name: str, cache: TokenCache, orders: Mapping[str, np.ndarray]
+) -> np.ndarray | None:  # fmt: skip
+    """The order that is given, or that of the config; None: that of the corpus."""
+    if name in orders:
+        return orders[name]
+    made = config.order != "in_context"
+    check(made, "data.order", config.order, "the orders of all sources", "open_data makes them.")
     if config.order == "corpus":
         return None
     return np.random.default_rng(_seed(config, name, "documents")).permutation(cache.documents)

@@ -63,11 +63,10 @@ def _rotate(m: Array, v: Array, change: Change, decayed: tuple[Array, Array]) ->
     axes, shape = change.layout.axes, m.shape
     started = [jnp.where(part > 0, part, 1) for part in decayed]
     mean, square = to_matrices(m, axes) / started[0], to_matrices(v, axes) / started[1]
-    transposed = lambda x: x.swapaxes(-1, -2)
     if change.left is not None:
         mean, square = rotate_moments(mean, square, change.left)
     if change.right is not None:
-        mean, square = map(transposed, rotate_moments(transposed(mean), transposed(square), change.right))
+        mean, square = (x.mT for x in rotate_moments(mean.mT, square.mT, change.right))
     renewed = change.renewed.reshape(change.layout.count_shape)
     back = lambda x, part, old: jnp.where(renewed, from_matrices(part * x, axes, shape), old)
     return back(mean, started[0], m), back(square, started[1], v)
@@ -126,10 +125,18 @@ def subspace_adam(
         mu, nu = map(mu_store.encode, mus), map(nu_store.encode, nus)
         return whole(steps), optax.ScaleByAdamState(count, whole(mu), whole(nu))
 
-    def _moved(change: Change, mu: Any, nu: Any, decayed: tuple[Array, Array]) -> tuple[Any, Any]:
+    move = policy.move and _mover(policy.move, b1, b2, mu_store, nu_store)
+    return Inner(init, update, move, policy.restarts)
+
+
+def _mover(
+    turn: Callable[..., tuple[Array, Array]], b1: float, b2: float, mu_store: Store, nu_store: Store
+) -> Callable[[optax.ScaleByAdamState, Any], optax.ScaleByAdamState]:  # fmt: skip
+    """`Inner.move` of a policy on stored moments."""
+
+    def one(change: Change, mu: Any, nu: Any, decayed: tuple[Array, Array]) -> tuple[Any, Any]:
         """In a branch: most parameters have no new basis when refreshes are staggered."""
-        shape, turn = change.layout.low_shape, policy.move
-        assert turn is not None
+        shape = change.layout.low_shape
 
         def turned() -> tuple[Any, Any]:
             m, v = turn(mu_store.decode(mu, shape), nu_store.decode(nu, shape), change, decayed)
@@ -144,12 +151,12 @@ def subspace_adam(
         given = jax.tree.leaves(changes, is_leaf=is_leaf)
         for change, mu, nu in zip(given, treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu), strict=True):
             if change is not None:
-                mu, nu = _moved(change, mu, nu, decayed)
+                mu, nu = one(change, mu, nu, decayed)
             mus.append(mu)
             nus.append(nu)
         return optax.ScaleByAdamState(state.count, treedef.unflatten(mus), treedef.unflatten(nus))
 
-    return Inner(init, update, policy.move and move, policy.restarts)
+    return move
 
 
 def _structure(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:

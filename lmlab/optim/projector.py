@@ -12,7 +12,7 @@ from lmlab.core.types import Array, Key
 from lmlab.optim.matrices import Layout, from_matrices, to_matrices
 from lmlab.optim.moments import Change
 from lmlab.optim.quantised import INT4, Store, block_axis
-from lmlab.optim.subspace import Refresh, renewed
+from lmlab.optim.subspace import Refresh, renewed, tells
 
 
 class Held(NamedTuple):
@@ -34,17 +34,13 @@ class Bases(NamedTuple):
 
     def down(self, G: Array) -> Array:
         """The projection of G [*batch, m, n]."""
-        G = G if self.left is None else _transposed(self.left) @ G
+        G = G if self.left is None else self.left.mT @ G
         return G if self.right is None else G @ self.right
 
     def back(self, N: Array) -> Array:
         """What is projected, as matrices [*batch, m, n]."""
         N = N if self.left is None else self.left @ N
-        return N if self.right is None else N @ _transposed(self.right)
-
-
-def _transposed(x: Array) -> Array:
-    return x.swapaxes(-1, -2)
+        return N if self.right is None else N @ self.right.mT
 
 
 def empty(layout: Layout, store: Store | None) -> Held:
@@ -63,7 +59,7 @@ def bases(layout: Layout, held: Held, store: Store) -> Bases:
     """Read what is stored."""
     read = lambda stored, shape: to_matrices(store.decode(stored, shape), layout.axes)
     left = read(held.left, layout.left_shape) if layout.left else None
-    right = _transposed(read(held.right, layout.right_shape)) if layout.right else None
+    right = read(held.right, layout.right_shape).mT if layout.right else None
     return Bases(left, right)
 
 
@@ -94,13 +90,13 @@ def renew(
         left, right = old
         cosine_N = jnp.ones(due_N.shape)
         if right is not None:
-            right, cosine_N = _renewed(refresh, _transposed(G), right, due_N, key_for(key, "right"))
+            right, cosine_N = _renewed(refresh, G.mT, right, due_N, key_for(key, "right"))
         if left is not None:
             left, cosine_N = _renewed(refresh, G, left, due_N, key_for(key, "left"))
         write = lambda P, shape: store.encode(from_matrices(P, layout.axes, shape))
         fresh = Held(
             held.left if left is None else write(left, layout.left_shape),
-            held.right if right is None else write(_transposed(right), layout.right_shape),
+            held.right if right is None else write(right.mT, layout.right_shape),
         )
         # What is not due stays bit for bit, also if its store rounds.
         due = due_N.reshape(layout.count_shape)
@@ -123,13 +119,12 @@ def _renewed(refresh: Refresh, G: Array, old: Array, due_N: Array, key: Key) -> 
     size = lambda x: jnp.sqrt(jnp.sum(x * x, axis=1))
     both = size(first(new_NMR)) * size(first(old_NMR))
     cosine_N = jnp.abs(jnp.sum(first(new_NMR) * first(old_NMR), axis=1)) / jnp.where(both > 0, both, 1)
-    largest_N = jnp.max(jnp.abs(G_NMK), axis=(1, 2))
-    return new_NMR.reshape(old.shape), jnp.where(jnp.isfinite(largest_N) & (largest_N > 0), cosine_N, -1)
+    return new_NMR.reshape(old.shape), jnp.where(tells(jnp.max(jnp.abs(G_NMK), axis=(1, 2))), cosine_N, -1)
 
 
 def change(layout: Layout, old: Bases, new: Bases, due_N: Array) -> Change:
     """What a renewal did to the coordinates."""
-    overlap = lambda a, b: None if a is None or b is None else _transposed(a) @ b
+    overlap = lambda a, b: None if a is None or b is None else a.mT @ b
     with jax.default_matmul_precision("highest"):
         left, right = overlap(new.left, old.left), overlap(new.right, old.right)
     return Change(layout, due_N.reshape(layout.batch), left, right)

@@ -122,7 +122,7 @@ def renewed(refresh: Refresh, G_MN: Array, old_MR: Array, key: Key) -> Array:
     A gradient that is zero or not finite says nothing: the old basis stays; a first one is that of random numbers.
     """
     size = jnp.max(jnp.abs(G_MN))
-    good = jnp.isfinite(size) & (size > 0)
+    good = tells(size)
     chance = lambda: jax.random.normal(jax.random.fold_in(key, 1), G_MN.shape)
     # Of size 1, squares neither overflow nor vanish.
     unit_MN = jax.lax.cond(good, lambda: G_MN / size, chance)
@@ -130,6 +130,11 @@ def renewed(refresh: Refresh, G_MN: Array, old_MR: Array, key: Key) -> Array:
         fresh_MR = fix_signs(refresh(unit_MN, old_MR, key), old_MR)
     wanted = (good | jnp.all(old_MR == 0)) & jnp.all(jnp.isfinite(fresh_MR))
     return jnp.where(wanted, fresh_MR, old_MR)
+
+
+def tells(size: Array) -> Array:
+    """Whether gradients whose largest entries these are say anything of their subspaces."""
+    return jnp.isfinite(size) & (size > 0)
 
 
 def fix_signs(new_MR: Array, old_MR: Array) -> Array:

@@ -38,12 +38,7 @@ def make_step(
         parts = jax.tree.map(lambda x: _deal(x, microbatches), batch)
         keys = jax.random.split(key_for(state.key, "objective", state.step), microbatches)
 
-        def weights_of(_: None, part: tuple[Batch, Key]) -> tuple[None, dict[str, Array]]:
-            terms = objective(state.params, *part)
-            return None, {name: term.weight for name, term in terms.losses.items()}
-
-        weights = jax.lax.stop_gradient(jax.lax.scan(weights_of, None, (parts, keys))[1])
-        weights = reduce(jax.tree.map(lambda w: jnp.sum(w, axis=0), weights))
+        weights = reduce(_weights(objective, state.params, (parts, keys)))
 
         def share(params: Params, part: tuple[Batch, Key]) -> tuple[Array, tuple[Terms, Array]]:
             terms = objective(params, *part)
@@ -69,6 +64,16 @@ def make_step(
         return replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return step
+
+
+def _weights(objective: Objective, params: Params, parts: tuple[Batch, Key]) -> dict[str, Array]:
+    """The weight of each term, over all microbatches."""
+
+    def one(_: None, part: tuple[Batch, Key]) -> tuple[None, dict[str, Array]]:
+        return None, {name: term.weight for name, term in objective(params, *part).losses.items()}
+
+    weights = jax.lax.stop_gradient(jax.lax.scan(one, None, parts)[1])
+    return jax.tree.map(lambda w: jnp.sum(w, axis=0), weights)
 
 
 def _deal(x: Array, microbatches: int) -> Array:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from steps import gradients
 
 from lmlab.core.errors import UserError
 from lmlab.optim.galore import galore, scale_by_galore
@@ -20,10 +21,6 @@ from lmlab.optim.timing import lazy, staggered, together
 FLAT = MatrixAxes((), (0,), (1,))
 SIDES = ("std", "reverse_std", "left", "right", "two_sided")
 SHAPES = ((6, 10), (10, 6), (8, 8))
-
-
-def gradients(*shape, steps=7, seed=0):
-    return jax.random.normal(jax.random.key(seed), (steps, *shape))
 
 
 def run(tx, grads, jit=True):
