@@ -204,10 +204,9 @@ def arms() -> dict[str, dict[str, tuple[MultiTokenLM, Callable[[MultiTokenLM], O
 
 def run(options: Options) -> dict[str, Any]:
     """Train every arm; all that is printed and drawn."""
-    if options.smoke:
-        options = replace(options, seeds=2, steps=4, polynomial_steps=4, every=2, pool=64, held_out=8)
     every = arms()
     if options.smoke:
+        options = replace(options, seeds=2, steps=4, polynomial_steps=4, every=2, pool=64, held_out=8)
         some = {"induction": ("n = 1", "n = 2, labels of head 2 shuffled"), "polynomials": ("n = 4",)}
         every = {task: {name: every[task][name] for name in names} for task, names in some.items()}
     tasks = {"induction": (induction(options), options.steps),
