@@ -25,6 +25,7 @@ import numpy as np
 import optax
 
 from benchmarks.timing import median_ratio, take_turns
+from lmlab.cli import exit_code
 from lmlab.core.types import Array, TokenBatch
 from lmlab.models.config import AttentionConfig, MLPConfig, TransformerConfig
 from lmlab.models.transformer import transformer
@@ -194,4 +195,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main, "python -m benchmarks.galore"))

@@ -23,8 +23,9 @@ import optax
 import tyro
 
 from experiments.library_text import Text, read_text
-from experiments.results import keep, say
+from experiments.results import deviation, keep, say
 from lmlab.cli import exit_code
+from lmlab.core.errors import check
 from lmlab.core.types import Array, Objective, Params
 from lmlab.models.config import AttentionConfig, MLPConfig, TransformerConfig
 from lmlab.models.transformer import transformer
@@ -62,6 +63,11 @@ class Options:
     """Of its subspaces and factors."""
     every: int = 25
     """Its steps between two refreshes."""
+
+    def __post_init__(self) -> None:
+        """Check the sizes."""
+        for name in ("seeds", "steps", "rank", "every"):
+            check(getattr(self, name) >= 1, f"--{name}", getattr(self, name), "at least 1")
 
 
 ROWS, COLUMNS, CONTROL_RANK, CONTROL_STEPS, CONTROL_RATE = 32, 48, 4, 600, 0.08
@@ -251,7 +257,7 @@ def table(result: dict[str, Any]) -> str:
     )
     for name, found in result["arms"].items():
         low, high = (pick(pair[i] for pair in found["ranks"].values()) for i, pick in ((0, min), (1, max)))
-        mean, spread = np.mean(found["losses"]), np.std(found["losses"], ddof=1)
+        mean, spread = np.mean(found["losses"]), deviation(found["losses"])
         lines.append(f"{name:28s} {mean:8.4f} {spread:7.4f} {found['state_bytes']:12d} {f'{low} to {high}':>14s}")
     return "\n".join(lines)
 
@@ -267,7 +273,7 @@ def draw(result: dict[str, Any], folder: Path) -> None:
         with drawing(folder / name, 8, 1 + 0.28 * len(bars)) as sheet:
             axes = sheet.subplots()
             means = [float(np.mean(values)) for values, _ in bars.values()]
-            spread = [float(np.std(values, ddof=1)) if len(values) > 1 else 0.0 for values, _ in bars.values()]
+            spread = [deviation(values) for values, _ in bars.values()]
             drawn = axes.barh(list(bars), means, xerr=spread, color="#0072B2")
             axes.bar_label(drawn, [f" {number:,}" for _, number in bars.values()], fontsize=7)
             axes.invert_yaxis()

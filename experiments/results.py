@@ -2,13 +2,21 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 def say(text: str) -> None:
     """Tell what is being done, beside what is printed at the end."""
     print(text, file=sys.stderr, flush=True)
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Standard deviation over seeds; of one seed 0."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def keep(result: dict[str, Any], out: str) -> Path:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.results import keep
+from experiments.results import deviation, keep
 from lmlab.cli import exit_code
 from lmlab.core.errors import UserError
 from lmlab.core.types import Array, Batch, Key, Objective, Params, Ratio, Terms
@@ -147,7 +147,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         for name, found in result["models"].items():
             values = list(found["accuracy"].values())
             label = f"{name}, {found['parameters']:,} parameters"
-            axes.errorbar(list(found["accuracy"]), np.mean(values, axis=1), np.std(values, axis=1, ddof=1), label=label,
+            axes.errorbar(list(found["accuracy"]), np.mean(values, axis=1), [deviation(x) for x in values], label=label,
                           capsize=2)  # fmt: skip
         axes.set(xlabel="steps", ylabel="held-out accuracy")
         axes.legend(fontsize=8)
@@ -166,7 +166,7 @@ def experiment(options: Options) -> int:
         result["models"][name] = found = train(config, data, options)
         last = found["accuracy"][options.steps]
         print(f"{name:12s} {found['parameters']:,} parameters, held-out accuracy {100 * np.mean(last):.2f} % "
-              f"±{100 * np.std(last, ddof=1):.2f} over {options.seeds} seeds", flush=True)  # fmt: skip
+              f"±{100 * deviation(last):.2f} over {options.seeds} seeds", flush=True)  # fmt: skip
     draw(result, keep(result, options.out) / "digits.svg")
     return 0
 

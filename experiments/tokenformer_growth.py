@@ -25,7 +25,7 @@ import numpy as np
 import tyro
 
 from experiments.library_text import Text, read_text
-from experiments.results import keep, say
+from experiments.results import deviation, keep, say
 from lmlab.cli import exit_code
 from lmlab.core.errors import check
 from lmlab.core.rng import key_for
@@ -200,7 +200,7 @@ def _between(a: tuple[int, float], b: tuple[int, float], target: float) -> float
 
 def table(result: dict[str, Any]) -> str:
     """The table of all arms."""
-    show = lambda losses: f"{np.mean(losses):8.4f} ±{np.std(losses, ddof=1):.4f}"
+    show = lambda losses: f"{np.mean(losses):8.4f} ±{deviation(losses):.4f}"
     end = result["options"]["grown"]
     middle = _early(end)
     lines = [f"{'held-out loss, nats a byte':46s} {'at growth':>16s} {f'+{middle}':>16s} {f'+{end}':>16s}",
@@ -223,12 +223,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
         left, right = drawn.subplots(1, 2)
         for name, curve in result["arms"].items():
             steps, mean = list(curve), [np.mean(losses) for losses in curve.values()]
-            left.errorbar(steps, mean, [np.std(losses, ddof=1) for losses in curve.values()], label=name, capsize=2)
+            left.errorbar(steps, mean, [deviation(losses) for losses in curve.values()], label=name, capsize=2)
         left.set(xlabel="steps after growth", ylabel="held-out nats a byte")
         left.legend(fontsize=7)
         budgets = list(result["scratch"])
         losses = [result["scratch"][steps][steps] for steps in budgets]
-        right.errorbar(budgets, [np.mean(x) for x in losses], [np.std(x, ddof=1) for x in losses], capsize=2,
+        right.errorbar(budgets, [np.mean(x) for x in losses], [deviation(x) for x in losses], capsize=2,
                        label="large from nothing", color="#666666")  # fmt: skip
         right.axhline(result["saved"]["target loss"], label=f"grown ({PAPER})", color="#0072B2")
         right.set(xlabel="steps of the large model", xscale="log", xticks=budgets, xticklabels=budgets)

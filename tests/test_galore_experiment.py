@@ -35,6 +35,12 @@ def test_a_smoke_run(tmp_path, capsys):
     assert "closed form" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["seeds", "steps", "rank", "every"])
+def test_sizes_of_nothing_are_refused(name, capsys):
+    assert galore.main([f"--{name}", "0"]) == 2
+    assert f"--{name} = 0: expected at least 1" in capsys.readouterr().err
+
+
 def test_the_benchmark_at_toy_size(capsys):
     sizes = ["--layers", "2", "--width", "64", "--ffn", "96", "--vocab", "50", "--rank", "8", "--rows", "1"]
     assert benchmark.main([*sizes, "--rounds", "1"]) == 0
