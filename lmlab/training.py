@@ -48,7 +48,7 @@ from lmlab.train.parallel import (
     with_shardings,
 )
 from lmlab.train.retrace import traced_once
-from lmlab.train.state import State, init_state
+from lmlab.train.state import State, Still, init_state
 from lmlab.train.step import make_step
 
 CHECKPOINTS, SAMPLES, BASELINES = "checkpoints", "samples.jsonl", "baselines.json"
@@ -125,6 +125,8 @@ class Pieces:
     load: Callable[[State], State] | None = None
     """`load(shardings) -> state`: what a run begins with that has parameters already, laid out like that; None:
     `lm.init` makes them."""
+    still: Still = ()
+    """Parts of the parameters that do not move."""
     further_flops: float = 0.0
     """Floating-point operations of a token in training beside those of `config.model`."""
     origin: str = "from scratch"
@@ -202,7 +204,7 @@ def train_run(
 
 def _layout(pieces: Pieces, mesh: Mesh) -> tuple[State, State]:
     """Shapes and types of the state, and where each of its arrays lies. Raises `UserError` for what does not divide."""
-    shapes = abstract_state(pieces.lm.init, pieces.tx)
+    shapes = abstract_state(pieces.lm.init, pieces.tx, pieces.still)
     shardings = state_shardings(shapes, param_shardings(pieces.lm.axes, shapes.params, mesh))
     return shapes, offloaded(shardings) if pieces.config.parallel.offload == "optimizer" else shardings
 
@@ -218,7 +220,7 @@ def _first_state(pieces: Pieces, shardings: State) -> State:
     """The state of a new run: every process makes or reads what its devices hold and no more."""
     if pieces.load is not None:
         return pieces.load(shardings)
-    return init_state(pieces.lm.init, pieces.tx, pieces.config.train.seed, shardings)
+    return init_state(pieces.lm.init, pieces.tx, pieces.config.train.seed, shardings, pieces.still)
 
 
 def _outputs(steps: int, folder: Path, start: int, stack: ExitStack) -> tuple[Log, Display]:

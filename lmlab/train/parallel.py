@@ -21,7 +21,7 @@ from lmlab.core.sharding import MESH_AXES, ROWS, STORED, Rules, spec
 from lmlab.core.types import Batch, Key, Objective, Params
 from lmlab.optim.groups import is_names, path_name
 from lmlab.train.config import ParallelConfig
-from lmlab.train.state import State, new_state
+from lmlab.train.state import State, Still, new_state
 from lmlab.train.step import Metrics, Step, make_step
 
 
@@ -119,9 +119,11 @@ def _shared(sharding: NamedSharding, shape: tuple[int, ...], other: tuple[int, .
     return NamedSharding(sharding.mesh, PartitionSpec(*kept))
 
 
-def abstract_state(init: Callable[[Key], Params], tx: optax.GradientTransformation) -> State:
+def abstract_state(
+    init: Callable[[Key], Params], tx: optax.GradientTransformation, still: Still = ()
+) -> State:  # fmt: skip
     """Shapes and types of the state of a new run."""
-    return jax.eval_shape(lambda key: new_state(init(key), tx, key), jax.random.key(0))
+    return jax.eval_shape(lambda key: new_state(init(key), tx, key, still), jax.random.key(0))
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:

@@ -10,7 +10,7 @@ import optax
 
 from lmlab.core.rng import key_for
 from lmlab.core.types import Array, Batch, Key, Objective, Params, Ratio, Terms
-from lmlab.train.state import State
+from lmlab.train.state import State, split
 
 Metrics: TypeAlias = dict[str, Array]
 Step: TypeAlias = Callable[[State, Batch], tuple[State, Metrics]]
@@ -27,11 +27,12 @@ def make_step(
     The division is by the global weight, so how rows are dealt to microbatches or devices changes nothing.
     The weights are summed first; as they do not depend on the parameters, the compiler drops the model from
     that pass. `microbatches` divides the batch's rows; microbatch i takes the rows i, i + M, i + 2M, ..., so that
-    rows stay on their device. `reduce` sums a pytree over devices where the caller maps the step (psum);
+    rows stay on their device. Parts of the parameters that `state.still` names reach the objective and nothing else.
+    `reduce` sums a pytree over devices where the caller maps the step (psum);
     identity under jit, which sees global arrays. Gradients are added up and given to `tx` in float32, whatever
     the type of the parameters.
-    Metrics: `loss`, `loss/<term>` if there are several, the objective's metrics, `grad_norm`, `param_norm`,
-    `weight` (of the first term: the labels of the batch).
+    Metrics: `loss`, `loss/<term>` if there are several, the objective's metrics, `grad_norm`, `param_norm` (of what
+    moves), `weight` (of the first term: the labels of the batch).
     """
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -40,12 +41,14 @@ def make_step(
 
         weights = reduce(_weights(objective, state.params, (parts, keys)))
 
-        def share(params: Params, part: tuple[Batch, Key]) -> tuple[Array, tuple[Terms, Array]]:
-            terms = objective(params, *part)
+        moving, still = split(state.params, state.still)
+
+        def share(moving: Params, part: tuple[Batch, Key]) -> tuple[Array, tuple[Terms, Array]]:
+            terms = objective({**moving, **still} if still else moving, *part)
             return total_loss(terms, weights), jax.lax.stop_gradient((terms, jnp.ones(())))
 
         def gradient(part: tuple[Batch, Key]) -> tuple[Params, tuple[Terms, Array]]:
-            grad, seen = jax.grad(share, has_aux=True)(state.params, part)
+            grad, seen = jax.grad(share, has_aux=True)(moving, part)
             return optax.tree.cast(grad, jnp.float32), seen
 
         first = jax.tree.map(lambda x: x[0], (parts, keys))
@@ -56,11 +59,12 @@ def make_step(
             add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None)
             sums, _ = jax.lax.scan(add, zeros, (parts, keys))
         grad, (terms, parts_seen) = reduce(sums)
-        updates, opt_state = tx.update(grad, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = tx.update(grad, state.opt_state, moving)
+        moved = optax.apply_updates(moving, updates)
         metrics = term_metrics(terms, parts_seen, weights)
-        wide = optax.tree.cast(params, jnp.float32)
+        wide = optax.tree.cast(moved, jnp.float32)
         metrics |= {"grad_norm": optax.tree.norm(grad), "param_norm": optax.tree.norm(wide)}
+        params = {**moved, **still} if still else moved
         return replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return step

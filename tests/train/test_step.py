@@ -125,6 +125,26 @@ def test_weights_pass_costs_no_model():
     assert step < 1.1 * alone + 60 * parameters
 
 
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_still_parts_are_read_and_neither_differentiated_nor_moved(microbatches):
+    def objective(params, batch, key):
+        moved = params["p"] * jnp.sum(batch) + params["held"]["p"] * params["p"]
+        return Terms({"a": Ratio(jnp.sum(moved), jnp.ones(()) / microbatches)}, {"a": 1.0}, {})
+
+    params = {"p": jnp.asarray([1.0, 2.0]), "held": {"p": jnp.asarray([5.0, 7.0])}}
+    tx = optax.adam(0.1)
+    state = new_state(params, tx, jax.random.key(0), still=("held",))
+    assert {leaf.shape for leaf in jax.tree.leaves(state.opt_state)} == {(), (2,)}
+    assert "held" not in state.opt_state[0].mu
+    after, metrics = jax.jit(make_step(objective, tx, microbatches=microbatches))(state, jnp.ones(4))
+    chex.assert_trees_all_equal(after.params["held"], params["held"])
+    assert bool(jnp.all(after.params["p"] < params["p"]))
+    # 4 + 5 and 4 + 7, however the rows are dealt: held is read once a part, of weight 1 / parts each.
+    assert np.isclose(metrics["grad_norm"], np.hypot(4 + 5 * microbatches, 4 + 7 * microbatches))
+    assert np.isclose(metrics["param_norm"], jnp.linalg.norm(after.params["p"]))
+    assert after.still == ("held",)
+
+
 def test_step_compiles_once():
     step = jax.jit(chex.assert_max_traces(make_step(next_token(LM), TX), n=1))
     state = init_state(LM.init, TX, 0)
