@@ -34,6 +34,47 @@ class TokenBatch:
 
 
 @struct.dataclass
+class AnswerBatch:
+    """Rows that hold prompts with their answers, and what is to be scored in them, S answers a row at most.
+
+    Answers to one prompt may share it: then they stand behind it one after the other, each as if it were alone, and
+    `branches_BT` keeps them apart. Or each has a copy of the prompt before it, and a segment of its own.
+    """
+
+    tokens_BT: Array
+    """int32 token ids."""
+    segments_BT: Array
+    """int32, 0 for padding, 1, 2, ... for the prompts of the row from left to right, with what follows them."""
+    positions_BT: Array
+    """int32 position in its text: in an answer counted on from the end of the prompt."""
+    branches_BT: Array | None
+    """int32, 0 in a prompt, 1, 2, ... in its answers, which see it and themselves; None: each has its own segment."""
+    labels_BA: Array
+    """int32 tokens of the answers, to be predicted."""
+    places_BA: Array
+    """int32 places in the row that they are predicted from: those of the tokens before them in their text."""
+    answers_BA: Array
+    """int32 which of the row's answers, 1 to S, each of them belongs to; 0: none, the place is empty."""
+    ends_BS: Array
+    """int32 place of the last token of each answer; 0 where the row has fewer."""
+
+
+@struct.dataclass
+class Preferences:
+    """Pairs of answers of which one was preferred: pair p of a row has the answers 2 p (preferred) and 2 p + 1."""
+
+    answers: AnswerBatch
+    weights_BP: Array
+    """float32, how much the pair counts; 0 where the row has fewer."""
+    targets_BP: Array
+    """float32, the probability that the label is right: 1, or less for soft labels."""
+    margins_BP: Array
+    """float32, by how much the preferred answer is better."""
+    reference_BS: Array | None
+    """float32 log-probabilities of the answers under the reference, where they were computed before."""
+
+
+@struct.dataclass
 class Ratio:
     """A quantity that is a quotient of two sums, so that it can be added up over devices and batches."""
 

@@ -71,7 +71,7 @@ def lay_out(
     if mode == "whole":
         chosen = np.arange(len(offsets) - 1) if order is None else order
         sizes = np.minimum(np.diff(offsets)[chosen], length + lookahead)
-        fitted, row_ranks = _best_fit(sizes, length + lookahead)
+        fitted, row_ranks = best_fit(sizes, length + lookahead)
         order, sizes = chosen[fitted], sizes[fitted]
     elif order is not None:
         sizes = np.diff(offsets)[order]
@@ -81,7 +81,7 @@ def lay_out(
     return Packing(tokens_N, offsets, order, labels_N, starts, row_starts, length, lookahead, rows)
 
 
-def _best_fit(sizes: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+def best_fit(sizes: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Which document comes where when each goes to the fullest row that has room, and where the rows begin in that.
 
     Documents of one size keep their order. A bit for each room that some row has finds that row at once.

@@ -5,26 +5,29 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import TypeVar
 
 import grain
 import numpy as np
 
 from lmlab.core.errors import check
-from lmlab.core.types import TokenBatch
+from lmlab.core.types import Batch, TokenBatch
 from lmlab.data.cache import TokenCache
 from lmlab.data.config import DataConfig
 from lmlab.data.packing import Packing, Row, lay_out, row_at, stack_rows, turned
+
+B = TypeVar("B")
 
 
 @dataclass(frozen=True)
 class Stream:
     """An endless stream of batches with random access."""
 
-    batch_at: Callable[[int], TokenBatch]
-    """The batch of a step: NumPy arrays [B / hosts, T + n]."""
+    batch_at: Callable[[int], Batch]
+    """The batch of a step: NumPy arrays [B / hosts, ...], of texts a `TokenBatch` [B / hosts, T + n]."""
     documents_at: Callable[[int], list[str]]
     """Ids of the documents in that batch, in order, each once."""
-    batches: Callable[..., Iterator[TokenBatch]]
+    batches: Callable[..., Iterator[Batch]]
     """`batches(start, stop=None)`: batch_at(start), batch_at(start + 1), ..., made ahead by threads."""
     rows: int
     """Rows of all sources; one source is read once every rows / B steps."""
@@ -55,13 +58,13 @@ def train_stream(
     Raises:
         UserError: `hosts` does not divide the batch; the config's order is one that has to be made before.
     """
-    share = _host_share(config, host, hosts)
+    share = host_rows(config.batch_size, host, hosts)
     corpora = {
         name: _lay_out(config, cache, lookahead, _document_order(config, name, cache, orders or {}))
         for name, cache in caches.items()
     }
     numbers = _row_numbers(config, corpora)
-    seeds = [_seed(config, name, "cuts") for name in corpora] if config.recut else None
+    seeds = [seed_of(config.seed, name, "cuts") for name in corpora] if config.recut else None
     locate = _locator(list(corpora.values()), seeds)
     sources = list(caches.values())
 
@@ -77,7 +80,7 @@ def train_stream(
         return list(dict.fromkeys(names))
 
     def batches(start: int = 0, stop: int | None = None) -> Iterator[TokenBatch]:
-        return _prefetched(batch_at, start, stop, config.prefetch)
+        return prefetched(batch_at, start, stop, config.prefetch)
 
     return Stream(
         batch_at, documents_at, batches, rows=sum(corpus.rows for corpus in corpora.values()),
@@ -94,7 +97,7 @@ def heldout_batches(
     The order is a fixed shuffle, so that the first batches are a fair sample of the whole; it does not depend on
     `config.seed`, so that runs compare. Args and errors as `train_stream`; every host sees the same number of batches.
     """
-    share = _host_share(config, host, hosts)
+    share = host_rows(config.batch_size, host, hosts)
     corpora = [_lay_out(config, cache, lookahead, None) for cache in caches.values()]
     locate, rows = _locator(corpora), sum(corpus.rows for corpus in corpora)
     order = np.random.default_rng(0).permutation(rows)
@@ -104,16 +107,17 @@ def heldout_batches(
         found = [locate(i)[1] for i in order[begin : begin + len(share)]]
         return stack_rows(found, len(share), config.length + lookahead)
 
-    return _prefetched(batch_at, 0, -(-rows // config.batch_size), config.prefetch)
+    return prefetched(batch_at, 0, -(-rows // config.batch_size), config.prefetch)
 
 
-def _host_share(config: DataConfig, host: int, hosts: int) -> range:
+def host_rows(batch_size: int, host: int, hosts: int) -> range:
+    """Which rows of a global batch a host makes. Raises `UserError` where they cannot be divided evenly."""
     check(
-        config.batch_size % hosts == 0, "data.batch_size", config.batch_size,
+        batch_size % hosts == 0, "data.batch_size", batch_size,
         f"a multiple of the number of hosts, {hosts}", "The global batch is divided evenly.",
     )  # fmt: skip
     check(0 <= host < hosts, "host", host, f"0 to {hosts - 1}")
-    size = config.batch_size // hosts
+    size = batch_size // hosts
     return range(host * size, (host + 1) * size)
 
 
@@ -132,12 +136,13 @@ def _document_order(
     check(made, "data.order", config.order, "the orders of all sources", "open_data makes them.")
     if config.order == "corpus":
         return None
-    return np.random.default_rng(_seed(config, name, "documents")).permutation(cache.documents)
+    return np.random.default_rng(seed_of(config.seed, name, "documents")).permutation(cache.documents)
 
 
-def _seed(config: DataConfig, name: str, use: str) -> int:
+def seed_of(seed: int, name: str, use: str) -> int:
+    """The seed of one use of a source."""
     # A hash, because grain adds the epoch to the seed: with nearby seeds two runs would share epochs.
-    return zlib.crc32(f"{config.seed} {use} {name}".encode())
+    return zlib.crc32(f"{seed} {use} {name}".encode())
 
 
 def _row_numbers(config: DataConfig, corpora: Mapping[str, Packing]) -> grain.MapDataset:
@@ -145,7 +150,7 @@ def _row_numbers(config: DataConfig, corpora: Mapping[str, Packing]) -> grain.Ma
     parts, weights, base = [], [], 0
     for name, corpus in corpora.items():
         numbers = grain.MapDataset.range(base, base + corpus.rows)
-        shuffled = numbers.shuffle(seed=_seed(config, name, "rows")).repeat()
+        shuffled = numbers.shuffle(seed=seed_of(config.seed, name, "rows")).repeat()
         parts.append(shuffled.map_with_index(partial(_with_epoch, corpus.rows)))
         weights.append(config.weights.get(name, 1.0))
         base += corpus.rows
@@ -176,9 +181,8 @@ def _locator(corpora: list[Packing], seeds: list[int] | None = None) -> Callable
     return locate
 
 
-def _prefetched(
-    batch_at: Callable[[int], TokenBatch], start: int, stop: int | None, ahead: int
-) -> Iterator[TokenBatch]:  # fmt: skip
+def prefetched(batch_at: Callable[[int], B], start: int, stop: int | None, ahead: int) -> Iterator[B]:
+    """batch_at(start), batch_at(start + 1), ..., made ahead by threads; stop None: without end."""
     steps = grain.MapDataset.range(start, sys.maxsize if stop is None else stop).map(batch_at)
     options = grain.ReadOptions(num_threads=min(2, ahead), prefetch_buffer_size=ahead)
     iterator = iter(steps.to_iter_dataset(options))

@@ -40,20 +40,21 @@ def chunked_cross_entropy(
     """
 
     def sums_of(head: Params, hidden_BTD: Array, labels_BT: Array, weights_BT: Array) -> TokenSums:
-        zeros = TokenSums(*(jnp.zeros((), _wide(hidden_BTD.dtype)),) * 3)
+        zeros = TokenSums(*(jnp.zeros((), wide(hidden_BTD.dtype)),) * 3)
 
         def body(sums: TokenSums, part: tuple[Array, Array, Array]) -> tuple[TokenSums, None]:
             hidden, labels, weights = part
             return jax.tree.map(jnp.add, sums, _chunk_sums(logits(head, hidden), z_loss, labels, weights)[0]), None
 
-        return jax.lax.scan(body, zeros, _chunks(hidden_BTD, labels_BT, weights_BT, chunk))[0]
+        parts = chunks(hidden_BTD, labels_BT, weights_BT.astype(zeros.loss.dtype), chunk=chunk)
+        return jax.lax.scan(body, zeros, parts)[0]
 
     return sum_over_tokens(sums_of)(head, hidden_BTD, labels_BT, weights_BT)
 
 
-def _chunks(hidden_BTD: Array, labels_BT: Array, weights_BT: Array, chunk: int) -> tuple[Array, Array, Array]:
-    """Cut the time axis into chunks and bring them to the front; places that fill up the last weigh 0."""
-    length = hidden_BTD.shape[1]
+def chunks(*arrays_BT: Array, chunk: int) -> Any:
+    """A tuple of the arrays with their time axis cut into chunks that come first; zeros fill up the last."""
+    length = arrays_BT[0].shape[1]
     chunk = min(chunk, length)
     count = -(-length // chunk)
 
@@ -61,10 +62,10 @@ def _chunks(hidden_BTD: Array, labels_BT: Array, weights_BT: Array, chunk: int) 
         x = jnp.pad(x, [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
 
-    return cut(hidden_BTD), cut(labels_BT), cut(weights_BT.astype(_wide(hidden_BTD.dtype)))
+    return tuple(map(cut, arrays_BT))
 
 
-def _wide(dtype: jnp.dtype) -> jnp.dtype:
+def wide(dtype: jnp.dtype) -> jnp.dtype:
     """The type that is added up in: float32, or float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)
 
@@ -111,9 +112,9 @@ def _forward(
     def pass_over(
         head: Params, hidden_BTD: Array, labels_BT: Array, weights_BT: Array
     ) -> tuple[tuple[TokenSums, Params], Array]:
-        zeros = TokenSums(*(jnp.zeros((), _wide(hidden_BTD.dtype)),) * 3)
-        start = (zeros, jax.tree.map(lambda x: jnp.zeros(x.shape, _wide(x.dtype)), head))
-        parts = _chunks(hidden_BTD, labels_BT, weights_BT, chunk)
+        zeros = TokenSums(*(jnp.zeros((), wide(hidden_BTD.dtype)),) * 3)
+        start = (zeros, jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), head))
+        parts = chunks(hidden_BTD, labels_BT, weights_BT.astype(zeros.loss.dtype), chunk=chunk)
         summed, slopes = jax.lax.scan(partial(body, head=head), start, parts)
         batch, length, width = hidden_BTD.shape
         return summed, jnp.moveaxis(slopes, 0, 1).reshape(batch, -1, width)[:, :length]
