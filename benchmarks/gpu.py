@@ -81,10 +81,11 @@ def lmlab_steps(job: Job) -> tuple[Steps, dict[str, Any]]:
     import jax
 
     from benchmarks.ours import make_update
+    from lmlab.models.transformer import transformer
     from lmlab.train.device import peak_flops
 
     _need(job, jax.default_backend() != "cpu", "an accelerator that JAX sees")
-    update = make_update(job.config, (job.batch, job.length + 1), job.seed)
+    update = make_update(transformer(job.config), (job.batch, job.length + 1), job.seed)
 
     def steps(tokens_BT: np.ndarray, count: int) -> float:
         for _ in range(count):

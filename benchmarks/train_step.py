@@ -40,15 +40,10 @@ def lmlab_step(seed: int) -> peers.Step:
     prepare(compile_cache=False)
     import jax
 
-    from benchmarks.ours import make_update
-    from lmlab.models.config import AttentionConfig, ExecutionConfig, MLPConfig, TransformerConfig
+    from benchmarks.ours import llama, make_update
+    from lmlab.models.config import ExecutionConfig
 
-    config = TransformerConfig(
-        vocab_size=peers.VOCAB, layers=peers.N_LAYERS, width=peers.WIDTH, max_length=peers.SEQ_LEN,
-        norm_eps=peers.NORM_EPS, attention=AttentionConfig(heads=peers.N_HEADS), mlp=MLPConfig(width=peers.FFN),
-        execution=ExecutionConfig(unroll=0),
-    )  # fmt: skip
-    update = make_update(config, (peers.BATCH, peers.SEQ_LEN + 1), seed)
+    update = make_update(llama(ExecutionConfig(unroll=0)), (peers.BATCH, peers.SEQ_LEN + 1), seed)
 
     def step(tokens_BT: np.ndarray) -> float:
         # The loss alone may be ready before the weights are; a timing must hold the whole step.
