@@ -100,12 +100,12 @@ def random_pairs(count: int, seed: int = 0, vocab: int = VOCAB, longest: int = 4
 
 
 def random_preferences(
-    rows: int = 4, length: int = 16, seed: int = 0, vocab: int = VOCAB, *, shared: bool = True
+    rows: int = 4, length: int = 24, seed: int = 0, vocab: int = VOCAB
 ) -> Preferences:  # fmt: skip
     """Rows with two pairs or one each and reference log-probabilities; the last row may be padding."""
-    made = lay_out_pairs(random_pairs(2 * rows - 1, seed, vocab), length, shared=shared)
+    made = lay_out_pairs(random_pairs(2 * rows - 1, seed, vocab), length)
     # Shapes are the same for all seeds.
-    made = replace(made, per_row=2, labels=length, row_starts=np.minimum(2 * np.arange(rows + 1), 2 * rows - 1))
+    made = replace(made, per_row=2, labels=16, row_starts=np.minimum(2 * np.arange(rows + 1), 2 * rows - 1))
     reference = -np.random.default_rng(seed).exponential(3.0, (len(made.pairs), 2)).astype(np.float32)
     batch = preferences_of(replace(made, reference_N2=reference), range(rows), rows)
     return jax.tree.map(jnp.asarray, batch)
