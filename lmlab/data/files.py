@@ -45,14 +45,19 @@ def file_records(source: Files, split: Literal["train", "heldout"]) -> Iterator[
     Raises:
         UserError: as `file_documents`; a file that is not lines of JSON.
     """
-    for name, path in split_files(source, split):
+    key = lambda record: json.dumps(record, sort_keys=True)
+    for where, record in read_records(source, split_files(source, split)):
+        if source.heldout or is_heldout(key(record), source.heldout_percent) == (split == "heldout"):
+            yield where, record
+
+
+def read_records(source: Files, files: list[tuple[str, Path]]) -> Iterator[tuple[str, object]]:
+    """(file:line, value) of each line of JSON of the files. Raises `UserError` for a file that is not lines of JSON."""
+    for name, path in files:
         if _kind(path) != "lines":
             raise UserError("data.sources", str(path), "a .jsonl or .jsonl.gz file")
         with _readable(path), _open(path) as handle:
-            for where, record in _read_json_lines(name, handle, source):
-                key = json.dumps(record, sort_keys=True)
-                if source.heldout or is_heldout(key, source.heldout_percent) == (split == "heldout"):
-                    yield where, record
+            yield from _read_json_lines(name, handle, source)
 
 
 def split_files(source: Files, split: Literal["train", "heldout"]) -> list[tuple[str, Path]]:
