@@ -247,8 +247,8 @@ def _fit(pair: EncodedPair, config: PairsConfig, counts: dict[str, int]) -> Enco
             counts["dropped_long"] += 1
             return None
         # Half of the room each, and what the shorter one leaves for the longer one.
-        first = min(sizes[0], max(room // 2, room - sizes[1]))
-        answers = pair.answers[0][:first], pair.answers[1][: room - first]
+        limit = max(room // 2, room - min(sizes))
+        answers = pair.answers[0][:limit], pair.answers[1][:limit]
         counts["cut_answers"] += 1
         if np.array_equal(*answers):
             counts["dropped_long"] += 1

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 
 from lmlab.core.errors import UserError
 from lmlab.data.answers import lay_out_pairs, pairs_once, pairs_stream, preferences_of
@@ -11,14 +12,14 @@ from lmlab.data.chat import ChatTemplate
 from lmlab.data.open_pairs import read_pairs
 from lmlab.data.pairs_config import PairsConfig
 from lmlab.data.preferences import dialogue, encode_pairs, prompt_key, read_pair
-from lmlab.data.tokenizers import byte_tokenizer
+from lmlab.data.tokenizers import byte_tokenizer, wrap_tokenizer
 from lmlab.testing.tiny import random_pairs
 
 TOKENIZER = byte_tokenizer()
 TEMPLATE = ChatTemplate(
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
     "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}a:{% endif %}",
-    {"eos_token": "<|endoftext|>"},
+    {},
 )
 ASK = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
 SAY = lambda text: {"role": "assistant", "content": text}
@@ -99,27 +100,35 @@ def test_without_a_template_answers_follow_the_text_and_end():
     assert [answer.tolist() for answer in pair.answers] == [[99, 100, end], [101, 102, 103, end]]
 
 
+def letters(*merges):
+    """A tokenizer of single letters, of what merges to one token, and of <e>, which ends a turn."""
+    vocab = {letter: i for i, letter in enumerate("abcdehisu:\n")}
+    vocab |= {"".join(pair): len(vocab) + i for i, pair in enumerate(merges)}
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, list(merges)))
+    model.add_special_tokens(["<e>"])
+    return wrap_tokenizer(model, "<e>", begin_ids=())
+
+
 def test_with_a_template_prompt_and_answer_are_its_text_cut_where_the_answer_begins():
-    (pair,), _ = encoded([{"prompt": ASK, "chosen": " cd ", "rejected": "e"}], TEMPLATE)
-    assert TOKENIZER.decode(pair.prompt.tolist()) == "s:s\nu:hi\na:"
-    assert [answer.tolist() for answer in pair.answers] == [[99, 100, TOKENIZER.end_id], [101, TOKENIZER.end_id]]
+    tokenizer = letters()
+    template = ChatTemplate(TEMPLATE.source, {"eos_token": "<e>"})
+    record = {"prompt": ASK, "chosen": " cd ", "rejected": "e"}
+    (pair,), _ = encode_pairs([("f", record)], PairsConfig("d"), tokenizer, template)
+    spelled = lambda text: tokenizer.encode_batch([text])[0].tolist()
+    assert pair.prompt.tolist() == spelled("s:s\nu:hi\na:")
+    # The line break after the end of the turn is the template's.
+    assert [answer.tolist() for answer in pair.answers] == [
+        [*spelled("cd"), tokenizer.end_id], [*spelled("e"), tokenizer.end_id],
+    ]  # fmt: skip
 
 
 def test_tokens_that_would_merge_over_the_border_do_not():
-    import tokenizers
-
-    from lmlab.data.tokenizers import wrap_tokenizer
-
-    vocab = {"a": 0, "b": 1, "ab": 2, "<e>": 3}
-    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("a", "b")]))
-    model.add_special_tokens(["<e>"])
-    tokenizer = wrap_tokenizer(model, "<e>", begin_ids=())
-    assert tokenizer.encode_batch(["ab"])[0].tolist() == [2]
-    pairs, _ = encode_pairs(
-        [("f", {"prompt": "a", "chosen": "b", "rejected": "ab"})], PairsConfig("d"), tokenizer, None
-    )
+    tokenizer = letters(("a", "b"))
+    assert len(tokenizer.encode_batch(["ab"])[0]) == 1
+    record = {"prompt": "a", "chosen": "b", "rejected": "ab"}
+    pairs, _ = encode_pairs([("f", record)], PairsConfig("d"), tokenizer, None)
     assert pairs[0].prompt.tolist() == [0]
-    assert [answer.tolist() for answer in pairs[0].answers] == [[1, 3], [2, 3]]
+    assert [answer.tolist() for answer in pairs[0].answers] == [[1, tokenizer.end_id], [11, tokenizer.end_id]]
 
 
 def test_equal_answers_and_what_is_no_pair_are_dropped_and_counted():
