@@ -246,9 +246,9 @@ def _fit(pair: EncodedPair, config: PairsConfig, counts: dict[str, int]) -> Enco
         if config.too_long == "drop":
             counts["dropped_long"] += 1
             return None
-        shorter = min(*sizes, room // 2)
-        limits = [min(size, max(room // 2, room - shorter)) for size in sizes]
-        answers = pair.answers[0][: limits[0]], pair.answers[1][: limits[1]]
+        # Half of the room each, and what the shorter one leaves for the longer one.
+        limit = max(room // 2, room - min(sizes))
+        answers = pair.answers[0][:limit], pair.answers[1][:limit]
         counts["cut_answers"] += 1
         if np.array_equal(*answers):
             counts["dropped_long"] += 1
