@@ -126,8 +126,9 @@ def table(result: dict[str, Any]) -> str:
         lines += tasks_table(result["tasks"])
     if "addition" in result:
         part = result["addition"]
-        lines += ["", f"addition of {part['digits']} digits, {part['labels']} sums; with a scratch-pad "
-                      f"{show(part['teacher'])}", f"{'right at once, held out':38s}{'before':>15s}{'after':>15s}"]  # fmt: skip
+        told = show(part["teacher"])
+        lines += ["", f"addition of {part['digits']} digits, {part['labels']} sums; with a scratch-pad {told}",
+                  f"{'right at once, held out':38s}{'before':>15s}{'after':>15s}"]  # fmt: skip
         for name, arm in part["arms"].items():
             lines.append(f"{name:38s}{show(arm['at once'][0]):>15s}{show(arm['at once'][-1]):>15s}")
     chat = result.get("chat", {})
@@ -147,7 +148,8 @@ def table(result: dict[str, Any]) -> str:
 def tasks_table(part: dict[str, Any]) -> list[str]:
     """Arms on one task, and four tasks into names."""
     start = part["start"]
-    lines = [f"permutations, right answers: without instruction {show(start['without'])}, with it {show(start['with'])}",
+    without, told = show(start["without"]), show(start["with"])
+    lines = [f"permutations, right answers: without instruction {without}, with it {told}",
              f"{'arm':28s}{'without':>15s}{'greedy':>15s}{'recovery':>15s}{'drift':>16s}"]  # fmt: skip
     for name, arm in part["arms"].items():
         cells = [arm["without"][-1], arm["greedy without"][-1], arm["recovery"], arm["drift"]]

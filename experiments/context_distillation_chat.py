@@ -143,7 +143,12 @@ def _look(student: LM, base: LM, heldout: DistillationRows, gold: DistillationRo
 
     def look(params: Params) -> dict[str, float]:
         told = mean(params, heldout)
-        return {"nll": told["nll"], "kl": told["kl"], "agreement": told["agreement"], "drift": mean(params, gold)["nll"]}
+        return {
+            "nll": told["nll"],
+            "kl": told["kl"],
+            "agreement": told["agreement"],
+            "drift": mean(params, gold)["nll"],
+        }
 
     return look
 

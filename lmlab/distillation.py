@@ -128,7 +128,8 @@ def store_predictions(
                 place = np.concatenate([np.arange(offsets_N[i], offsets_N[i + 1]) for i in held])
                 logprobs_nK[place] = told.logprobs_BAK[b, : len(place)]
                 ids_nK[place] = told.ids_BAK[b, : len(place)]
-            tell(int(rows.row_starts[numbers[-1] + 1]), int(rows.row_starts[numbers[-1] + 1]))
+            done = rows.order[: rows.row_starts[numbers[-1] + 1]]
+            tell(len(done), int(np.diff(offsets_N)[done].sum()))
     stored = StoredTeacher(offsets_N, logprobs_nK, ids_nK, temperature, teacher_fingerprint(params, rows, temperature))
     return with_stored(rows, stored)
 

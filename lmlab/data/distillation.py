@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import grain
 import numpy as np
 
 from lmlab.core.errors import check
-from lmlab.core.types import AnswerBatch, Distillation, TopK
+from lmlab.core.types import AnswerBatch, Distillation
 from lmlab.data.stream import Stream, host_rows, prefetched, seed_of
 from lmlab.data.top_k import StoredTeacher
 
@@ -181,8 +182,8 @@ class _Side:
         if (after != self.labels)[self.answers != 0].any():
             raise AssertionError("a label does not stand after the place that predicts it")
         branches = self.branches if self.has_branches else None
-        return AnswerBatch(self.tokens, self.segments, self.positions, branches, self.labels, self.places,
-                           self.answers, self.ends)  # type: ignore[arg-type]  # fmt: skip
+        arrays: Any = (self.tokens, self.segments, self.positions, branches, self.labels, self.places, self.answers)
+        return AnswerBatch(*arrays, self.ends)  # type: ignore[arg-type]
 
 
 def distillation_of(rows: DistillationRows, numbers: Sequence[int], batch_size: int) -> Distillation:

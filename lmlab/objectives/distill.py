@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from lmlab.core.types import AnswerBatch, Array, Distillation, Key, Objective, Params, Ratio, Terms, TokenBatch
 from lmlab.models.lm import LM
 from lmlab.objectives.divergence import (
+    Compare,
     Divergence,
     DivergenceSums,
     against_logits,
@@ -67,12 +69,7 @@ def distill(
         del key
         hidden_BAD = hidden_of_labels(lm, params, batch.student)
         head, axes = lm.head(params), lm.head(lm.axes)
-        if batch.stored is not None:
-            compare, taught, target = against_top_k(temperature), (), batch.stored
-        else:
-            held = jax.lax.stop_gradient(teacher.params(params))
-            compare, taught = against_logits(teacher.lm.logits, temperature), teacher.lm.head(held)
-            target = jax.lax.stop_gradient(hidden_of_labels(teacher.lm, held, batch.teacher))
+        compare, taught, target = _taught(teacher, params, batch, temperature)
         sums = chunked_divergence(
             compare, divergence, temperature, lm.logits, chunk, axes, (head, taught), hidden_BAD, target,
             batch.student.labels_BA, batch.weights_BA,
@@ -80,6 +77,16 @@ def distill(
         return _terms(sums, jnp.sum(batch.weights_BA))
 
     return objective
+
+
+def _taught(teacher: Teacher, params: Params, batch: Distillation, temperature: float) -> tuple[Compare, Any, Any]:
+    """How to compare with the teacher, and what: stored predictions, or the unembedding and the hidden states."""
+    if batch.stored is not None:
+        return against_top_k(temperature), (), batch.stored
+    assert batch.teacher is not None
+    held = jax.lax.stop_gradient(teacher.params(params))
+    target = jax.lax.stop_gradient(hidden_of_labels(teacher.lm, held, batch.teacher))
+    return against_logits(teacher.lm.logits, temperature), teacher.lm.head(held), target
 
 
 def _terms(sums: DivergenceSums, count: Array) -> Terms:

@@ -29,7 +29,7 @@ def reverse_kl(logq: Array, logp: Array) -> Array:
 
 
 def jensen_shannon(b: float) -> Divergence:
-    """b KL(q || m) + (1 - b) KL(p || m) with m = b q + (1 - b) p, 0 < b < 1 (GKD, arXiv 2306.13649, equation 1).
+    """B KL(q || m) + (1 - b) KL(p || m) with m = b q + (1 - b) p, 0 < b < 1 (GKD, arXiv 2306.13649, equation 1).
 
     Divided by b it tends to the forward KL for b -> 0, divided by 1 - b to the reverse one for b -> 1.
     """
@@ -78,8 +78,8 @@ def against_logits(logits: Logits, temperature: float = 1.0) -> Compare:
 def against_top_k(temperature: float = 1.0) -> Compare:
     """Against stored log-probabilities: k tokens, and one bucket for all others.
 
-    Merging tokens makes no divergence larger (data processing), so this is a lower bound of what all tokens would give,
-    and equal to it at k = V. temperature: at which they were stored; the student's logits are divided by it.
+    Merging tokens makes no divergence larger (data processing), so this is a lower bound of what all tokens give, and
+    equal to it at k = V. temperature: at which they were stored; the student's logits are divided by it.
     """
 
     def compare(shared: tuple[()], stored: TopK, logits_BCV: Array) -> Compared:
@@ -127,8 +127,8 @@ def chunked_divergence(
 ) -> DivergenceSums:  # fmt: skip
     """Divergence of `logits(head, hidden)` from a teacher, `chunk` places of every row at a time.
 
-    One chunk of each side's logits [B, chunk, V] is alive at any moment, and the student's gradient is formed from it in
-    the forward pass, as in `chunked_cross_entropy`; of the forward KL at temperature 1 it is p - q at every place.
+    One chunk of each side's logits [B, chunk, V] is alive at any moment, and the student's gradient is formed from it
+    in the forward pass, as in `chunked_cross_entropy`; of the forward KL at temperature 1 it is p - q at every place.
     shared: the student's head and what `compare` shares. target: arrays [B, A, ...] for `compare`. axes: logical axes
     of the student's head. Labels, targets and hidden states of weight 0 may be anything.
     """

@@ -164,7 +164,9 @@ class Worlds:
 def world_batch(pads):
     """Every answer after every one of these scratch-pads, weighed by its probability, and the teacher's predictions."""
     answers = np.asarray(all_sequences(SYMBOLS, 2))
-    weight = lambda z, y: Worlds.pads[z] * Worlds.first[z, y[0]] * Worlds.second[z, y[0], y[1]] / Worlds.pads[pads].sum()
+    weight = lambda z, y: (
+        Worlds.pads[z] * Worlds.first[z, y[0]] * Worlds.second[z, y[0], y[1]] / Worlds.pads[pads].sum()
+    )
     examples = [Example(f"{z} {y}", np.asarray([0]), np.asarray([SYMBOLS]), y, weight=float(weight(z, y)))
                 for z in pads for y in answers]  # fmt: skip
     batch = batch_of(lay_out_examples(examples, 8, 8, per_row=1))
