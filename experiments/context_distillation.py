@@ -155,12 +155,9 @@ def tasks_table(part: dict[str, Any]) -> list[str]:
         cells = [arm["without"][-1], arm["greedy without"][-1], arm["recovery"], arm["drift"]]
         lines.append(f"{name:28s}" + "".join(f"{show(x):>15s}" for x in cells[:3]) + f"{show(cells[3]):>16s}")
     several = part["several"]
-    lines += ["", f"{'instructions into names':28s}" + "".join(f"{f'task {i + 1}':>15s}" for i in range(AT_ONCE))]
-    rows = {name: several[name] for name in ("floor", "ceiling", "at once", "at once, instructed")}
-    rows |= {f"in turn, after {i + 1}": found for i, found in enumerate(several["in turn"])}
-    rows["in turn, instructed"] = several["in turn, instructed"]
-    return lines + [f"{name:28s}" + "".join(f"{show(x):>15s}" for x in zip(*seeds, strict=True))
-                    for name, seeds in rows.items()]  # fmt: skip
+    lines += ["", f"{'instructions into names':36s}" + "".join(f"{f'task {i + 1}':>15s}" for i in range(AT_ONCE))]
+    return lines + [f"{name:36s}" + "".join(f"{show(x):>15s}" for x in zip(*seeds, strict=True))
+                    for name, seeds in several.items()]  # fmt: skip
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

@@ -124,16 +124,37 @@ def scores(inputs: np.ndarray, tasks: Array) -> Callable[[Params], dict[str, np.
     return lambda params: every(params, tasks)
 
 
-def asked(inputs: np.ndarray, tasks: Sequence[int], named: bool) -> list[Example]:
-    """Unlabelled inputs with the instruction of a task for the teacher; the student gets its name, or nothing."""
-    nothing = np.zeros(0, np.int32)
+NOTHING = np.zeros(0, np.int32)
+
+
+def asked(
+    inputs: np.ndarray, tasks: Sequence[int], own: Callable[[int], np.ndarray] = lambda task: NOTHING
+) -> list[Example]:
+    """Unlabelled inputs with the instruction of a task for the teacher. own: the context of the student."""
     return [
         Example(
-            f"input {i}", instruction(np.asarray(task)).astype(np.int32), np.append(x, SEPARATOR).astype(np.int32),
-            nothing, student_context=np.asarray([NAMES + task], np.int32) if named else nothing,
+            f"input {i}", told(task), np.append(x, SEPARATOR).astype(np.int32), NOTHING, student_context=own(task)
         )
         for i, (x, task) in enumerate(zip(inputs, tasks, strict=True))
     ]  # fmt: skip
+
+
+def told(task: int) -> np.ndarray:
+    """The instruction of a task, int32 [BITS]."""
+    return instruction(np.asarray(task)).astype(np.int32)
+
+
+def name(task: int) -> np.ndarray:
+    """The name of a task, int32 [1]."""
+    return np.asarray([NAMES + task], np.int32)
+
+
+def generic(inputs: np.ndarray) -> list[Example]:
+    """The same inputs with the instruction of every task in turn, which the student is given too: nothing is to change.
+
+    Half of the data of prompt distillation are of this kind (arXiv 2112.00861, section 2.3).
+    """
+    return asked(inputs, [i % TASKS for i in range(len(inputs))], told)
 
 
 SAMPLING = SamplingConfig(max_new_tokens=SIZE)
@@ -163,8 +184,7 @@ def run_tasks(sizes: Sizes) -> dict[str, Any]:
     start = {name: np.asarray(value).round(4).tolist() for name, value in score(base).items()}
     result: dict[str, Any] = {"tasks": tasks.tolist(), "start": start, "arms": {}}
     unlabelled = [draw_inputs(np.random.default_rng(1000 + s), sizes.inputs, False) for s in range(sizes.seeds)]
-    for name, run in arms(base, [asked(x, [int(t)] * len(x), False) for x, t in zip(unlabelled, tasks, strict=True)],
-                          sizes, score).items():  # fmt: skip
+    for name, run in arms(base, unlabelled, tasks, sizes, score).items():
         say(f"permutations: {name}")
         curves = run()
         result["arms"][name] = {
@@ -178,9 +198,11 @@ def run_tasks(sizes: Sizes) -> dict[str, Any]:
 
 
 def arms(
-    base: Params, examples: list[list[Example]], sizes: Sizes, score: Callable[[Params], dict[str, np.ndarray]]
+    base: Params, unlabelled: Sequence[np.ndarray], tasks: np.ndarray, sizes: Sizes,
+    score: Callable[[Params], dict[str, np.ndarray]],
 ) -> dict[str, Callable[[], Curves]]:  # fmt: skip
     """By name, what trains an arm and tells its curves."""
+    examples = [asked(x, [int(task)] * len(x)) for x, task in zip(unlabelled, tasks, strict=True)]
     taught = answered(base, examples, teacher_answers)
     pool = pools(taught, TEACHER_LENGTH, STUDENT_LENGTH)
     both = {**base, TEACHER: base}
@@ -202,6 +224,20 @@ def arms(
 
     return {
         "forward KL": lambda: train(distill(LM), both, pool),
+        "forward KL, half generic": lambda: train(
+            distill(LM),
+            both,
+            pools(
+                [
+                    a + b
+                    for a, b in zip(
+                        taught, answered(base, [generic(x) for x in unlabelled], teacher_answers), strict=True
+                    )
+                ],
+                TEACHER_LENGTH,
+                STUDENT_LENGTH,
+            ),
+        ),
         "reverse KL": lambda: train(distill(LM, reverse_kl), both, pool),
         "JS 0.5": lambda: train(distill(LM, jensen_shannon(0.5)), both, pool),
         f"top {K}": lambda: train(distill(LM), base, top_k_pool(base, taught)),
@@ -232,7 +268,7 @@ def top_k_pool(base: Params, taught: Sequence[Sequence[Example]]) -> Batch:
 def several(base: Params, unlabelled: Sequence[np.ndarray], inputs: np.ndarray, sizes: Sizes) -> dict[str, Any]:
     """Instructions of several tasks, each distilled into a name: all at once, or each with the last student as teacher.
 
-    The same number of steps in all.
+    The same number of steps in all; and with generic data as the other half of both.
     """
 
     @jax.jit
@@ -242,23 +278,27 @@ def several(base: Params, unlabelled: Sequence[np.ndarray], inputs: np.ndarray, 
 
     @jax.jit
     @jax.vmap
-    def told(params: Params) -> Array:
+    def with_instruction(params: Params) -> Array:
         return jnp.stack([chances(params, instruction(jnp.asarray(i)), inputs, i)[0] for i in range(AT_ONCE)])
 
-    def stage(arm: Arm, teacher: Params, tasks: Sequence[int], steps: int) -> Params:
-        examples = [asked(x, [tasks[i % len(tasks)] for i in range(len(x))], True) for x in unlabelled]
+    def stage(arm: Arm, teacher: Params, tasks: Sequence[int], steps: int, half: bool) -> Params:
+        examples = [asked(x, [tasks[i % len(tasks)] for i in range(len(x))], name) + (generic(x) if half else [])
+                    for x in unlabelled]  # fmt: skip
         pool = pools(answered(teacher, examples, teacher_answers), TEACHER_LENGTH, STUDENT_LENGTH)
         arm.begin({**teacher, TEACHER: teacher})
         return arm.advance(pool, steps)
 
-    arm = lambda steps: Arm(LM, distill(LM), {**base, TEACHER: base}, steps, sizes.rows, PEAK)
     show = lambda values: np.asarray(values).round(4).tolist()
-    together = stage(arm(sizes.steps), base, range(AT_ONCE), sizes.steps)
-    found = {"floor": show(named(base)), "ceiling": show(told(base)), "at once": show(named(together)),
-             "at once, instructed": show(told(together)), "in turn": []}  # fmt: skip
-    params, turn = base, arm(sizes.steps // AT_ONCE)
-    for task in range(AT_ONCE):
-        params = stage(turn, params, [task], sizes.steps // AT_ONCE)
-        found["in turn"].append(show(named(params)))
-    found["in turn, instructed"] = show(told(params))
+    whole, part = (Arm(LM, distill(LM), {**base, TEACHER: base}, steps, sizes.rows, PEAK)
+                   for steps in (sizes.steps, sizes.steps // AT_ONCE))  # fmt: skip
+    found: dict[str, Any] = {"floor": show(named(base)), "ceiling": show(with_instruction(base))}
+    for half, suffix in ((False, ""), (True, ", half generic")):
+        together = stage(whole, base, range(AT_ONCE), sizes.steps, half)
+        found[f"at once{suffix}"] = show(named(together))
+        found[f"at once{suffix}: instructed"] = show(with_instruction(together))
+        params = base
+        for task in range(AT_ONCE):
+            params = stage(part, params, [task], sizes.steps // AT_ONCE, half)
+            found[f"in turn{suffix}, after {task + 1}"] = show(named(params))
+        found[f"in turn{suffix}: instructed"] = show(with_instruction(params))
     return found

@@ -182,8 +182,8 @@ class _Side:
         if (after != self.labels)[self.answers != 0].any():
             raise AssertionError("a label does not stand after the place that predicts it")
         branches = self.branches if self.has_branches else None
-        arrays: Any = (self.tokens, self.segments, self.positions, branches, self.labels, self.places, self.answers)
-        return AnswerBatch(*arrays, self.ends)  # type: ignore[arg-type]
+        read: Any = (self.tokens, self.segments, self.positions, branches)
+        return AnswerBatch(*read, self.labels, self.places, self.answers, self.ends)  # type: ignore[arg-type]
 
 
 def distillation_of(rows: DistillationRows, numbers: Sequence[int], batch_size: int) -> Distillation:

@@ -65,7 +65,7 @@ target: arrays [B, C, ...]. shared: parameters of the teacher that all chunks ne
 
 
 def against_logits(logits: Logits, temperature: float = 1.0) -> Compare:
-    """Against hidden states of a teacher, whose unembedding is shared. Both sides' logits are divided by temperature."""
+    """Against hidden states of a teacher, whose unembedding is shared; temperature divides the logits of both."""
 
     def compare(head: Params, hidden_BCD: Array, logits_BCV: Array) -> Compared:
         taught_BCV = logits(head, hidden_BCD).astype(wide(hidden_BCD.dtype))
