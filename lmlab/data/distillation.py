@@ -183,7 +183,8 @@ class _Side:
             raise AssertionError("a label does not stand after the place that predicts it")
         branches = self.branches if self.has_branches else None
         read: Any = (self.tokens, self.segments, self.positions, branches)
-        return AnswerBatch(*read, self.labels, self.places, self.answers, self.ends)  # type: ignore[arg-type]
+        scored: Any = (self.labels, self.places, self.answers, self.ends)
+        return AnswerBatch(*read, *scored)
 
 
 def distillation_of(rows: DistillationRows, numbers: Sequence[int], batch_size: int) -> Distillation:
