@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from lmlab.core.masking import masked_ratio, masked_sum
 from lmlab.core.types import AnswerBatch, Array, Key, Objective, Params, Preferences, Ratio, Terms
 from lmlab.models.lm import LM
-from lmlab.objectives.logprobs import answer_lengths, answer_logprobs, sum_by_answer
+from lmlab.objectives.logprobs import answer_lengths, answer_logprobs, members, sum_by_answer
 from lmlab.objectives.pair_losses import PairLoss, PairScores, kto, kto_anchor
 
 Reference: TypeAlias = Callable[[Params, AnswerBatch], Array]
@@ -45,7 +45,7 @@ def answer_sums(logprobs_BA: Array, answers: AnswerBatch, tail: float = 1.0) -> 
         return sum_by_answer(logprobs_BA, answers)
     shorter_BS = jnp.repeat(jnp.minimum(*_pairs(answer_lengths(answers))), 2, axis=1)
     # Places of the tokens within their answer: labels of an answer stand together, in order.
-    members_BAS = answers.answers_BA[..., None] == jnp.arange(1, shorter_BS.shape[1] + 1)
+    members_BAS = members(answers)
     beyond_BAS = members_BAS & (jnp.cumsum(members_BAS, axis=1) > shorter_BS[:, None])
     return sum_by_answer(jnp.where(jnp.any(beyond_BAS, axis=-1), tail * logprobs_BA, logprobs_BA), answers)
 

@@ -104,8 +104,12 @@ def answer_logprobs(lm: LM, params: Params, batch: AnswerBatch, chunk: int = 64)
 
 def sum_by_answer(values_BA: Array, batch: AnswerBatch) -> Array:
     """The sum [B, S] of values of tokens over each answer."""
-    members_BAS = batch.answers_BA[..., None] == jnp.arange(1, batch.ends_BS.shape[1] + 1)
-    return jnp.sum(jnp.where(members_BAS, values_BA[..., None], 0), axis=1)
+    return jnp.sum(jnp.where(members(batch), values_BA[..., None], 0), axis=1)
+
+
+def members(batch: AnswerBatch) -> Array:
+    """Which token belongs to which answer, bool [B, A, S]."""
+    return batch.answers_BA[..., None] == jnp.arange(1, batch.ends_BS.shape[1] + 1)[None, None]
 
 
 def answer_lengths(batch: AnswerBatch) -> Array:

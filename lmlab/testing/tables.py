@@ -16,13 +16,22 @@ from lmlab.models.config import AttentionConfig, ExecutionConfig, MLPConfig, Rot
 from lmlab.models.heads import multi_token_lm
 from lmlab.models.heads_config import MultiTokenConfig
 from lmlab.models.lm import LM
+from lmlab.objectives.dpo import dpo
 from lmlab.objectives.multi_token import multi_token
 from lmlab.objectives.next_token import next_token
+from lmlab.objectives.pair_losses import sigmoid
 from lmlab.optim.chain import build_optimizer
 from lmlab.optim.config import GaloreConfig, OptimConfig, ScheduleConfig
 from lmlab.optim.ldadam import scale_by_ldadam
 from lmlab.optim.matrices import by_axes
-from lmlab.testing.tiny import random_batch, tiny_cache, tiny_lm, tiny_multi_token_lm, tiny_tokenformer
+from lmlab.testing.tiny import (
+    random_batch,
+    random_preferences,
+    tiny_cache,
+    tiny_lm,
+    tiny_multi_token_lm,
+    tiny_tokenformer,
+)
 
 LMS: dict[str, Callable[[], LM]] = {
     "llama": tiny_lm,
@@ -72,7 +81,8 @@ class ObjectiveCase:
     """An objective with a batch that it takes. `build` is given a model of a test's choice."""
 
     build: Callable[[LM], Objective]
-    batch: Callable[[], Batch] = random_batch
+    batch: Callable[..., Batch] = random_batch
+    """`batch(rows=4, seed=0)`."""
     model: Callable[[LM], LM] = lambda lm: lm
     """Makes of that model the one whose parameters the objective takes."""
 
@@ -90,6 +100,7 @@ OBJECTIVES: dict[str, ObjectiveCase] = {
     "next_token_z_loss": ObjectiveCase(lambda lm: next_token(lm, chunk=100, z_loss=1e-2)),
     "multi_token": _several_heads("parallel"),
     "multi_token_sequential": _several_heads("sequential"),
+    "dpo": ObjectiveCase(lambda lm: dpo(lm, sigmoid, 0.5, sft=0.1, tail=0.5, chunk=3), random_preferences),
 }
 """Every objective of lmlab."""
 

@@ -1,14 +1,17 @@
 """Models and batches small enough to check by hand or by enumeration."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmlab.core.types import Array, Params, TokenBatch
+from lmlab.core.types import Array, Params, Preferences, TokenBatch
+from lmlab.data.answers import lay_out_pairs, preferences_of
 from lmlab.data.cache import TokenCache
+from lmlab.data.preferences import EncodedPair
 from lmlab.models.config import (
     AttentionConfig,
     MLPConfig,
@@ -86,6 +89,26 @@ def random_batch(rows: int = 4, length: int = 9, seed: int = 0, vocab: int = VOC
         positions_BT=jnp.asarray(positions),
         label_mask_BT=jnp.asarray(rng.random((rows, length)) < 0.8) & (jnp.asarray(segments) > 0),
     )
+
+
+def random_pairs(count: int, seed: int = 0, vocab: int = VOCAB, longest: int = 4) -> list[EncodedPair]:
+    """Pairs of random tokens, of 1 to `longest` tokens each; some weigh more, one has a margin."""
+    rng = np.random.default_rng(seed)
+    draw = lambda: rng.integers(0, vocab, rng.integers(1, longest + 1)).astype(np.int32)
+    weights = rng.choice([0.5, 1.0, 2.0], count)
+    return [EncodedPair(f"pair {i}", draw(), (draw(), draw()), float(weights[i]), 0.0) for i in range(count)]
+
+
+def random_preferences(
+    rows: int = 4, length: int = 24, seed: int = 0, vocab: int = VOCAB
+) -> Preferences:  # fmt: skip
+    """Rows with two pairs or one each and reference log-probabilities; the last row may be padding."""
+    made = lay_out_pairs(random_pairs(2 * rows - 1, seed, vocab), length)
+    # Shapes are the same for all seeds.
+    made = replace(made, per_row=2, labels=16, row_starts=np.minimum(2 * np.arange(rows + 1), 2 * rows - 1))
+    reference = -np.random.default_rng(seed).exponential(3.0, (len(made.pairs), 2)).astype(np.float32)
+    batch = preferences_of(replace(made, reference_N2=reference), range(rows), rows)
+    return jax.tree.map(jnp.asarray, batch)
 
 
 def tiny_cache(name: str = "tiny", documents: int = 30, seed: int = 0, longest: int = 40) -> TokenCache:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
-from meshes import BATCHES, INVOLUNTARY, LM, MESHES, TX, placed, small_lm, trained
+from meshes import BATCHES, INVOLUNTARY, LM, MESHES, STEPS, TX, placed, small_lm, trained
 
 from lmlab.models.config import ExecutionConfig
 from lmlab.optim.chain import build_optimizer
@@ -22,14 +22,15 @@ from lmlab.train.step import total_loss
 
 @pytest.fixture(scope="module", params=OBJECTIVES)
 def case(request):
-    objective, lm = OBJECTIVES[request.param].build(LM), OBJECTIVES[request.param].model(LM)
-    return objective, lm, trained(objective, lm=lm)
+    case = OBJECTIVES[request.param]
+    objective, lm, batches = case.build(LM), case.model(LM), [case.batch(rows=8, seed=seed) for seed in range(STEPS)]
+    return objective, lm, batches, trained(objective, lm=lm, batches=batches)
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_a_mesh_gives_the_numbers_of_one_device(case, sizes):
-    objective, lm, alone = case
-    chex.assert_trees_all_close(trained(objective, sizes, lm=lm), alone, atol=1e-5, rtol=1e-5)
+    objective, lm, batches, alone = case
+    chex.assert_trees_all_close(trained(objective, sizes, lm=lm, batches=batches), alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture
@@ -59,10 +60,10 @@ def test_the_compiler_would_say_so(compiled_anew, capfd):
 
 
 def test_pmap_gives_the_numbers_of_one_device(case):
-    objective, lm, alone = case
+    objective, lm, batches, alone = case
     step = parallel.pmapped_step(objective, TX)
     state = parallel.replicate(init_state(lm.init, TX, 0), 8)
-    for batch in BATCHES:
+    for batch in batches:
         state, metrics = step(state, parallel.deal_rows(batch, 8))
     for replica in (0, 7):
         mine = jax.device_get(jax.tree.map(lambda x, i=replica: x[i], (state.params, metrics)))
