@@ -1,7 +1,6 @@
 """MetaRM where the policy has moved: does a step towards spread help, and would any other step have helped as much?"""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp

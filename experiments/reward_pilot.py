@@ -1,8 +1,7 @@
 """Preference strength on pairs whose true order is known: which flips does it find, and what do the cures bring?"""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ import optax
 
 from experiments.results import say
 from lmlab.core.types import Array, Params, Preferences
+from lmlab.evals.ranking import auc
 from lmlab.models.reward import mlp_head
 from lmlab.objectives import treatments as cure
 from lmlab.objectives.reward import reward_pairs, unbiased_targets
@@ -23,7 +23,7 @@ from lmlab.train.step import make_step
 WIDTH, TRUE_HIDDEN, HIDDEN, BATCH = 16, 32, 64, 32
 PEAK = 3e-3
 MEMBERS, FOLDS, ROUNDS, MODELS = 10, 5, 4, 5
-"""Members of the ensemble that sees all pairs; folds, and rounds of them, of the one that does not; models of an arm."""
+"""Members of the ensemble that sees all pairs; folds of the other one, and rounds of them; models of an arm."""
 RATES = (0.0, 0.1, 0.2, 0.3, 0.4)
 """Planted flips of the detection table."""
 CURED_RATES = (0.0, 0.2, 0.4)
@@ -115,16 +115,6 @@ def with_flips(treated: Treatment, flips_N: np.ndarray) -> Treatment:
     return Treatment(np.where(wrong, 1 - targets, targets), np.where(wrong, -margins, margins), weights)  # type: ignore[arg-type]
 
 
-def auc(scores_N: np.ndarray, positive_N: np.ndarray) -> float:
-    """The probability that a positive has the higher score; of a tie half. NaN without both kinds."""
-    if positive_N.all() or not positive_N.any():
-        return float("nan")
-    _, place, counts = np.unique(scores_N, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
-    wins = ranks[positive_N].sum() - positive_N.sum() * (positive_N.sum() + 1) / 2
-    return float(wins / (positive_N.sum() * (~positive_N).sum()))
-
-
 def detect(world: World, epochs: int) -> dict[str, Any]:
     """AUC of -mu for planted flips by rate and epoch, in-sample and out-of-fold; and the strength that cures are given.
 
@@ -207,7 +197,9 @@ def compare_cures(world: World, detected: dict[str, Any], epochs: int) -> dict[s
         flips_N, mu = detected["flips"][name], jnp.asarray(detected["strength"][name])
         estimated = float(noise_rate(jax.nn.sigmoid(mu)))
         treated = {arm: with_flips(t, flips_N) for arm, t in arms(mu, flips_N, estimated).items()}
-        stacked = Treatment(*(np.repeat(np.stack(part), MODELS, axis=0) for part in zip(*treated.values(), strict=True)))
+        stacked = Treatment(
+            *(np.repeat(np.stack(part), MODELS, axis=0) for part in zip(*treated.values(), strict=True))
+        )
         allowed = np.ones((len(treated) * MODELS, count), bool)
         result[name] = {arm: {} for arm in treated}
         for epoch, params in trained(world.train_N2D, stacked, allowed, epochs, world.rng):

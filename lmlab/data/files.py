@@ -48,11 +48,16 @@ def file_records(source: Files, split: Literal["train", "heldout"]) -> Iterator[
     for name, path in split_files(source, split):
         if _kind(path) != "lines":
             raise UserError("data.sources", str(path), "a .jsonl or .jsonl.gz file")
-        with _readable(path), _open(path) as handle:
-            for where, record in _read_json_lines(name, handle, source):
-                key = json.dumps(record, sort_keys=True)
-                if source.heldout or is_heldout(key, source.heldout_percent) == (split == "heldout"):
-                    yield where, record
+        for where, record in line_records(path, source, name):
+            key = json.dumps(record, sort_keys=True)
+            if source.heldout or is_heldout(key, source.heldout_percent) == (split == "heldout"):
+                yield where, record
+
+
+def line_records(path: Path, source: Files, name: str) -> Iterator[tuple[str, object]]:
+    """(name:line, value) of each line of JSON of one file. Raises `UserError` as `file_records`."""
+    with _readable(path), _open(path) as handle:
+        yield from _read_json_lines(name, handle, source)
 
 
 def split_files(source: Files, split: Literal["train", "heldout"]) -> list[tuple[str, Path]]:

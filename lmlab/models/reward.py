@@ -70,7 +70,7 @@ def reward_model(lm: LM, start: Literal["zeros", "normal"] = "zeros") -> RewardM
 
 @dataclass(frozen=True, eq=False)
 class FeatureHead:
-    """Rewards of answers that are given as feature vectors, of a frozen model or of an encoder. Equal only to itself."""
+    """Rewards of answers that are given as vectors, of a frozen model or of an encoder. Equal only to itself."""
 
     init: Callable[[Key], Params]
     rewards: Callable[[Params, Array], Array]
@@ -88,7 +88,7 @@ def linear_head(width: int) -> FeatureHead:
 
 
 def mlp_head(width: int, hidden: int) -> FeatureHead:
-    """w . tanh(A f + b), from normal numbers of deviation 1 / sqrt(inputs)."""
+    """Rewards w . tanh(A f + b), from normal numbers of deviation 1 / sqrt(inputs)."""
 
     def init(key: Key) -> Params:
         first, second = jax.random.split(key)

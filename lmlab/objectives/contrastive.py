@@ -17,7 +17,7 @@ from lmlab.core.types import AnswerBatch, Array, Key, Objective, Params, Prefere
 View: TypeAlias = Callable[[Params, Any, Key], Array]
 """`view(params, answers, key) -> features_BSD`: another key is another view."""
 Rows: TypeAlias = Callable[[Array, Array], Sequence[tuple[Array, Array]]]
-"""`rows(features_BSD, weights_BP) -> sets of (rows_ND, weights_N)`; answers of a set are told apart from one another."""
+"""`rows(features_BSD, weights_BP) -> sets of (rows_ND, weights_N)`; rows of a set are told apart from each other."""
 Contrast: TypeAlias = Callable[[Params, Array, Array, Array], Ratio]
 """`contrast(params, first_ND, second_ND, weights_N)`."""
 

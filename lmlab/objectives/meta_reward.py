@@ -1,4 +1,4 @@
-"""MetaRM: a step towards telling the current policy's answers apart, before the gradient is taken (arXiv 2405.00438)."""
+"""MetaRM: the gradient is taken a step ahead, where the current policy's answers differ more (arXiv 2405.00438)."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,8 +29,8 @@ class MetaBatch:
 def answer_spread(rewards_BS: Array, present_BS: Array) -> Ratio:
     """J: the sum over prompts of (2 / k^2) sum_{i < j} s(|r_i - r_j|), with their number (arXiv 2405.00438, section 3).
 
-    Between (k - 1) / (2 k), where all rewards are the same, and (k - 1) / k. A row is a prompt with k answers, those that
-    are present; a row with fewer than two does not count. It asks for distance, not for the right order.
+    Between (k - 1) / (2 k), where all rewards are the same, and (k - 1) / k. A row is a prompt with k answers, those
+    that are present; a row with fewer than two does not count. It asks for distance, not for the right order.
     """
     count_B = jnp.sum(present_BS, axis=1).astype(rewards_BS.dtype)
     gaps_BSS = jnp.abs(rewards_BS[:, :, None] - rewards_BS[:, None, :])

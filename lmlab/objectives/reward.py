@@ -70,7 +70,7 @@ def reward_pairs(
         both_BS = jnp.repeat(weights_BP, 2, axis=1)
         values = _moments(rewards_BS, None if lengths is None else lengths(batch.answers))
         metrics |= {name: masked_ratio(value_BS, both_BS) for name, value_BS in values.items()}
-        scales = {name: center if name == "center" else 1.0 for name in losses}
+        scales: dict[str, Array | float] = {name: center if name == "center" else 1.0 for name in losses}
         return Terms(losses, scales, jax.lax.stop_gradient(metrics))
 
     return objective
@@ -80,7 +80,11 @@ def _moments(rewards_BS: Array, lengths_BS: Array | None) -> dict[str, Array]:
     """What means, squares and the correlation with the length are means of."""
     found = {"reward": rewards_BS, "reward/square": jnp.square(rewards_BS)}
     if lengths_BS is not None:
-        found |= {"length": lengths_BS, "length/square": jnp.square(lengths_BS), "reward/length": rewards_BS * lengths_BS}
+        found |= {
+            "length": lengths_BS,
+            "length/square": jnp.square(lengths_BS),
+            "reward/length": rewards_BS * lengths_BS,
+        }
     return found
 
 

@@ -1,7 +1,7 @@
 """Preference strength: what an ensemble of reward models says of each pair (arXiv 2401.06080, section 2.1).
 
-Low strength means that the ensemble disagrees with the label. That is so of wrong labels, and just as well of right ones
-that it has not learnt: without an estimate of the noise rate it is no reason to flip anything.
+Low strength means that the ensemble disagrees with the label. That is so of wrong labels, and just as well of right
+ones that it has not learnt: without an estimate of the noise rate it is no reason to flip anything.
 """
 
 from typing import NamedTuple

@@ -30,7 +30,7 @@ def as_given(strength_N: Array) -> Treatment:
 
 
 def lowest(strength_N: Array, share: float) -> Array:
-    """bool [N]: the given share of pairs, of lowest strength."""
+    """Which pairs are the given share of lowest strength, bool [N]."""
     ranks_N = jnp.argsort(jnp.argsort(strength_N))
     return ranks_N < jnp.round(share * len(strength_N))
 
@@ -46,12 +46,13 @@ def drop(strength_N: Array, suspects_N: Array) -> Treatment:
 
 
 def soft(strength_N: Array) -> Treatment:
-    """q = s(mu)."""
+    """The target is q = s(mu)."""
     return as_given(strength_N)._replace(targets_N=jax.nn.sigmoid(strength_N.astype(jnp.float32)))
 
 
 def posterior(strength_N: Array, flips: Array | float, scale: Array | float = 1.0) -> Treatment:
-    """q = P(label is right | mu, e) = (1 - e) s / ((1 - e) s + e (1 - s)) with s = s(scale mu): Bayes' rule.
+    """The target is q = P(label is right | mu, e)
+    = (1 - e) s / ((1 - e) s + e (1 - s)) with s = s(scale mu).
 
     flips: e, the rate of wrong labels, which are as frequent among all pairs. scale: see `fitted_scale`.
     """
@@ -60,7 +61,7 @@ def posterior(strength_N: Array, flips: Array | float, scale: Array | float = 1.
 
 
 def smooth(strength_N: Array, amount: float = 0.2, where: Where = "all", share: float = 0.1) -> Treatment:
-    """q = 1 - a: of all pairs, of those with mu < 0, or of the share at the bottom or at the top. amount: a."""
+    """The target is 1 - a: of all pairs, of those with mu < 0, or of a share of them at the bottom or at the top."""
     chosen_N = {
         "all": lambda: jnp.ones(strength_N.shape, bool),
         "negative": lambda: strength_N < 0,
