@@ -1,5 +1,6 @@
 """MetaRM where the policy has moved: does a step towards spread help, and would any other step have helped as much?"""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -8,12 +9,12 @@ import numpy as np
 import optax
 
 from experiments.results import say
-from experiments.reward_pilot import BATCH, HEAD, PEAK, WIDTH, World, differences, draw_world
+from experiments.reward_pilot import BATCH, HEAD, WIDTH, World, adam, differences, draw_world
 from lmlab.core.types import Array, Params, Preferences, Ratio
 from lmlab.objectives.meta_reward import Direct, MetaBatch, along_gradient, answer_spread, at_random, meta_reward
 from lmlab.objectives.reward import reward_pairs
 from lmlab.train.members import new_members, shuffled_rows, train_members
-from lmlab.train.step import make_step, ratio_value
+from lmlab.train.step import Step, make_step, ratio_value
 
 FLIPS, ANSWERS, MODELS = 0.1, 4, 6
 """Planted flips; answers of a prompt; models of an arm."""
@@ -56,8 +57,19 @@ def draw_answers(count: int, rng: np.random.Generator, shift: float) -> np.ndarr
     return z
 
 
-def train_arm(arm: Arm, world: World, epochs: int, seed: int) -> dict[str, float]:
-    """Means over the models of an arm, which begin and read alike in every arm."""
+def train_arm(arm: Arm, worlds: Sequence[World], epochs: int) -> list[dict[str, float]]:
+    """For each seed the means over the models of an arm, which begin and read alike in every arm."""
+    tx = adam(epochs * (len(worlds[0].train_N2D) // BATCH))
+    objective = reward_pairs(HEAD.rewards, lengths=None)
+    objective = meta_reward(objective, spread, arm.eta, second_order=arm.second_order, direct=arm.direct)
+    step = make_step(objective, tx)
+    return [train_seed(arm, world, seed, epochs, tx, step) for seed, world in enumerate(worlds)]
+
+
+def train_seed(
+    arm: Arm, world: World, seed: int, epochs: int, tx: optax.GradientTransformation, step: Step
+) -> dict[str, float]:  # fmt: skip
+    """Means over the models of one seed."""
     rng = np.random.default_rng(seed)
     count = len(world.train_N2D)
     targets = jnp.asarray(rng.random((count, 1)) >= FLIPS, jnp.float32)
@@ -66,12 +78,8 @@ def train_arm(arm: Arm, world: World, epochs: int, seed: int) -> dict[str, float
     pairs = Preferences(jnp.asarray(world.train_N2D), ones, targets, 0 * ones, None)  # type: ignore[arg-type]
     data = MetaBatch(pairs, jnp.asarray(answers[1.5 if arm.shifted else 0.0]))
     rows = shuffled_rows(np.ones((MODELS, count), bool), epochs, BATCH, rng)
-    rate = optax.linear_schedule(PEAK, 0.1 * PEAK, len(rows))
-    tx = optax.chain(optax.scale_by_adam(0.9, 0.95), optax.scale_by_learning_rate(rate))
-    objective = reward_pairs(HEAD.rewards, lengths=None)
-    objective = meta_reward(objective, spread, arm.eta, second_order=arm.second_order, direct=arm.direct)
     states = new_members(HEAD.init, tx, jax.random.split(jax.random.key(seed), MODELS))
-    params = train_members(make_step(objective, tx), states, data, jnp.asarray(rows)).params
+    params = train_members(step, states, data, jnp.asarray(rows)).params
     found = measure(params, {name: jnp.asarray(z) for name, z in world.tests.items()}, draw_answers(count, rng, 1.5))
     return {name: float(jnp.mean(value)) for name, value in found.items()}
 
@@ -86,11 +94,14 @@ def measure(params: Params, tests: dict[str, Array], answers_NSD: Array) -> dict
     return found
 
 
-def run_meta(seeds: int, pairs: int, epochs: int) -> dict[str, dict[str, list[float]]]:
+def run_meta(
+    seeds: int, pairs: int, epochs: int, names: Sequence[str] = tuple(ARMS)
+) -> dict[str, dict[str, list[float]]]:  # fmt: skip
     """By arm, what was measured for each seed."""
+    worlds = [draw_world(seed, pairs) for seed in range(seeds)]
     result: dict[str, dict[str, list[float]]] = {}
-    for name, arm in ARMS.items():
+    for name in names:
         say(f"MetaRM, {name}")
-        rows = [train_arm(arm, draw_world(seed, pairs), epochs, seed) for seed in range(seeds)]
+        rows = train_arm(ARMS[name], worlds, epochs)
         result[name] = {key: [row[key] for row in rows] for key in rows[0]}
     return result

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from lmlab.objectives.reward import reward_pairs, unbiased_targets
 from lmlab.objectives.strength import fitted_scale, noise_rate, out_of_fold, preference_strength
 from lmlab.objectives.treatments import Treatment
 from lmlab.train.members import new_members, shuffled_rows, train_members
-from lmlab.train.step import make_step
+from lmlab.train.step import Step, make_step
 
 WIDTH, TRUE_HIDDEN, HIDDEN, BATCH = 16, 32, 64, 32
 PEAK = 3e-3
@@ -89,15 +90,26 @@ def differences(params: Params, pairs_N2D: Array) -> Array:
 measured_differences = jax.jit(differences)
 
 
+def adam(steps: int) -> optax.GradientTransformation:
+    """Adam whose rate falls to a tenth."""
+    rate = optax.linear_schedule(PEAK, 0.1 * PEAK, steps)
+    return optax.chain(optax.scale_by_adam(0.9, 0.95), optax.scale_by_learning_rate(rate))
+
+
+@lru_cache
+def training(steps: int) -> tuple[optax.GradientTransformation, Step]:
+    """The same step for every seed, so that it is compiled once."""
+    tx = adam(steps)
+    return tx, make_step(reward_pairs(HEAD.rewards, lengths=None), tx)
+
+
 def trained(
     pairs_N2D: np.ndarray, treated: Treatment, allowed_KN: np.ndarray, epochs: int, rng: np.random.Generator
 ) -> Iterator[tuple[int, Params]]:  # fmt: skip
     """Members after each epoch, from heads of their own, on treated labels [K, N] of pairs whose first is right."""
     rows = shuffled_rows(allowed_KN, epochs, BATCH, rng)
     steps = len(rows) // epochs
-    rate = optax.linear_schedule(PEAK, 0.1 * PEAK, len(rows))
-    tx = optax.chain(optax.scale_by_adam(0.9, 0.95), optax.scale_by_learning_rate(rate))
-    step = make_step(reward_pairs(HEAD.rewards, lengths=None), tx)
+    tx, step = training(len(rows))
     states = new_members(HEAD.init, tx, jax.random.split(jax.random.key(int(rng.integers(2**31))), len(allowed_KN)))
     column = lambda x_KN: jnp.asarray(x_KN, jnp.float32)[..., None]
     targets, margins, weights = map(column, treated)
@@ -106,13 +118,6 @@ def trained(
     for epoch in range(epochs):
         states = train_members(step, states, data, jnp.asarray(rows[epoch * steps : (epoch + 1) * steps]), own)
         yield epoch + 1, states.params
-
-
-def with_flips(treated: Treatment, flips_N: np.ndarray) -> Treatment:
-    """A treatment of given labels as one of pairs whose first answer is the right one."""
-    wrong = np.asarray(flips_N)
-    targets, margins, weights = map(np.asarray, treated)
-    return Treatment(np.where(wrong, 1 - targets, targets), np.where(wrong, -margins, margins), weights)  # type: ignore[arg-type]
 
 
 def detect(world: World, epochs: int) -> dict[str, Any]:
@@ -128,7 +133,7 @@ def detect(world: World, epochs: int) -> dict[str, Any]:
     strengths: dict[str, np.ndarray] = {}
     for kind, allowed in {"in-sample": np.ones((MEMBERS, count), bool), "out-of-fold": unseen}.items():
         flips_KN = np.repeat(flips_RN, len(allowed), axis=0)
-        given = with_flips(cure.as_given(jnp.zeros(flips_KN.shape)), flips_KN)
+        given = cure.with_flips(cure.as_given(jnp.zeros(flips_KN.shape)), jnp.asarray(flips_KN))
         members = trained(world.train_N2D, given, np.tile(allowed, (len(RATES), 1)), epochs, world.rng)
         for epoch, params in members:
             if epoch not in MARKS and epoch != STRENGTH_EPOCHS:
@@ -196,7 +201,7 @@ def compare_cures(world: World, detected: dict[str, Any], epochs: int) -> dict[s
         name = f"{rate:g}"
         flips_N, mu = detected["flips"][name], jnp.asarray(detected["strength"][name])
         estimated = float(noise_rate(jax.nn.sigmoid(mu)))
-        treated = {arm: with_flips(t, flips_N) for arm, t in arms(mu, flips_N, estimated).items()}
+        treated = {arm: cure.with_flips(t, jnp.asarray(flips_N)) for arm, t in arms(mu, flips_N, estimated).items()}
         stacked = Treatment(
             *(np.repeat(np.stack(part), MODELS, axis=0) for part in zip(*treated.values(), strict=True))
         )

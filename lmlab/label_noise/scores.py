@@ -17,7 +17,7 @@ from lmlab.label_noise.config import HeadConfig, LabelNoise
 from lmlab.models.reward import FeatureHead, linear_head, mlp_head
 from lmlab.objectives.reward import reward_pairs
 from lmlab.objectives.strength import fitted_scale, noise_rate, out_of_fold, preference_strength
-from lmlab.objectives.treatments import lowest, posterior
+from lmlab.objectives.treatments import Treatment, as_given, flip, lowest, posterior
 from lmlab.train.members import new_members, shuffled_rows, train_members
 from lmlab.train.step import make_step
 
@@ -90,8 +90,9 @@ def cross_fitted(
     folds_RN = np.stack([rng.permutation(count) % args.folds for _ in range(args.rounds)])
     unseen_KN = (folds_RN[:, None] != np.arange(args.folds)[None, :, None]).reshape(-1, count)
     head = make_head(args.head, features_N2D.shape[-1])
-    labels_KN = np.repeat(wrong_LN, len(unseen_KN), axis=0)
-    params = train_heads(head, features_N2D, ~labels_KN, np.tile(unseen_KN, (len(wrong_LN), 1)), args, rng)
+    given = as_given(jnp.zeros((len(wrong_LN) * len(unseen_KN), count)))
+    labels = flip(given.targets_N, jnp.asarray(np.repeat(wrong_LN, len(unseen_KN), axis=0)))
+    params = train_heads(head, features_N2D, labels, np.tile(unseen_KN, (len(wrong_LN), 1)), args, rng)
     raw_KN = np.asarray(head_differences(head, params, jnp.asarray(features_N2D)))
     raw_LRFN = raw_KN.reshape(len(wrong_LN), args.rounds, args.folds, count)
     return np.stack([
@@ -106,20 +107,19 @@ def make_head(config: HeadConfig, width: int) -> FeatureHead:
 
 
 def train_heads(
-    head: FeatureHead, features_N2D: np.ndarray, targets_KN: np.ndarray, allowed_KN: np.ndarray, args: LabelNoise,
+    head: FeatureHead, features_N2D: np.ndarray, treated: Treatment, allowed_KN: np.ndarray, args: LabelNoise,
     rng: np.random.Generator,
 ) -> Params:  # fmt: skip
-    """Parameters [K, ...] of members, each trained on the pairs that it may see, all in one program."""
+    """Parameters [K, ...] of members, trained in one program, each on the pairs that it may see; treated: [K, N]."""
     config = args.head
     rows = shuffled_rows(allowed_KN, config.epochs, min(config.batch, int(allowed_KN.sum(axis=1).min())), rng)
     rate = optax.linear_schedule(config.rate, 0.1 * config.rate, len(rows))
     tx = optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=config.decay)
     step = make_step(reward_pairs(head.rewards, lengths=None), tx)
     states = new_members(head.init, tx, jax.random.split(key_for(jax.random.key(args.seed), "heads"), len(rows[0])))
-    targets = jnp.asarray(targets_KN, jnp.float32)[..., None]
-    shared = jnp.ones((len(features_N2D), 1), jnp.float32)
-    data: Any = Preferences(jnp.asarray(features_N2D), shared, targets, 0 * shared, None)  # type: ignore[arg-type]
-    own: Any = Preferences(None, None, 0, None, None)  # type: ignore[arg-type]
+    targets, margins, weights = (x_KN[..., None] for x_KN in treated)
+    data: Any = Preferences(jnp.asarray(features_N2D), weights, targets, margins, None)  # type: ignore[arg-type]
+    own: Any = Preferences(None, 0, 0, 0, None)  # type: ignore[arg-type]
     size = -(-len(rows) // _SLICES)
     with advancing(f"training {len(rows[0])} members", len(rows), "steps") as tell:
         for start in range(0, len(rows), size):

@@ -51,8 +51,7 @@ def soft(strength_N: Array) -> Treatment:
 
 
 def posterior(strength_N: Array, flips: Array | float, scale: Array | float = 1.0) -> Treatment:
-    """The target is q = P(label is right | mu, e)
-    = (1 - e) s / ((1 - e) s + e (1 - s)) with s = s(scale mu).
+    """The target is P(label is right | mu, e) by Bayes' rule: (1 - e) s / ((1 - e) s + e (1 - s)), s = s(scale mu).
 
     flips: e, the rate of wrong labels, which are as frequent among all pairs. scale: see `fitted_scale`.
     """
@@ -87,3 +86,11 @@ def rating_margin(strength_N: Array, steps: tuple[float, ...] = (0.0, 1 / 3, 2 /
 def toward_model(targets_N: Array, differences_N: Array, rate: float) -> Array:
     """Targets after one more epoch of iterative data smoothing: q <- (1 - b) q + b s(d) (arXiv 2401.16335)."""
     return (1 - rate) * targets_N + rate * jax.nn.sigmoid(differences_N)
+
+
+def with_flips(treatment: Treatment, flips_N: Array) -> Treatment:
+    """A treatment of given labels as one of pairs in their true order, where some labels are the other way round."""
+    targets_N, margins_N, weights_N = treatment
+    return Treatment(
+        jnp.where(flips_N, 1 - targets_N, targets_N), jnp.where(flips_N, -margins_N, margins_N), weights_N
+    )  # fmt: skip
