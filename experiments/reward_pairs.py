@@ -14,7 +14,7 @@ from lmlab.data.preferences import Pair
 from lmlab.evals.ranking import auc
 from lmlab.label_noise.config import LabelNoise
 from lmlab.label_noise.features import word_features
-from lmlab.label_noise.read import read_records
+from lmlab.label_noise.read import read_file
 from lmlab.label_noise.scores import cross_fitted, head_differences, make_head, train_heads
 from lmlab.objectives import treatments as cure
 from lmlab.objectives.strength import fitted_scale, noise_rate
@@ -25,7 +25,7 @@ FLIPS, MODELS, FIFTHS = 0.2, 5, 5
 
 def run_pairs(path: str, seeds: int) -> dict[str, Any]:
     """Of a file of pairs with a field "split": flips found in the training part, accuracy of each arm on the other."""
-    found = read_records(Path(path), "drop")
+    found = read_file(Path(path), "drop")
     args = LabelNoise(path)
     features = word_features(found.pairs, args.dimensions)
     test_N = np.asarray([record.get("split") == "test" for record in found.records])

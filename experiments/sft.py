@@ -11,7 +11,7 @@ Interrupt it at any moment and run the same command again: it goes on, bit for b
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -46,21 +46,27 @@ def run(options: Options) -> int:
     """Train, then export; the exit code is that of `lmlab run`."""
     from lmlab.core.runtime import prepare
     from lmlab.finetune import sft
+
+    prepare()
+    method = partial(train, partial(sft, options.config), options.config.train.steps, options.out, options.profile)
+    return export_after(lambda: method(options.hosts), Path(options.out), options.export, options.hosts)
+
+
+def export_after(method: Callable[[], int], run: Path, target: str, hosts: HostsConfig) -> int:
+    """Train by `method` into the folder `run`, and write the model to `target` if that is named. Returns its code."""
     from lmlab.interop.huggingface import check_empty
     from lmlab.loading import export
     from lmlab.train.hosts import is_first
 
-    if options.export:
-        check(not options.hosts.address, "--export", options.export, "a job of one process",
+    if target:
+        check(not hosts.address, "--export", target, "a job of one process",
               "Write it afterwards: lmlab convert RUN FOLDER.")  # fmt: skip
-        check_empty(Path(options.export))
-    prepare()
-    steps = options.config.train.steps
-    code = train(partial(sft, options.config), steps, options.out, options.profile, options.hosts)
-    if code == 0 and options.export:
-        export(Path(options.out), Path(options.export))
+        check_empty(Path(target))
+    code = method()
+    if code == 0 and target:
+        export(run, Path(target))
     if code == 0 and is_first():
-        print(f"export  {options.export or f'lmlab convert {options.out} FOLDER'}")
+        print(f"export  {target or f'lmlab convert {run} FOLDER'}")
     return code
 
 

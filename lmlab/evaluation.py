@@ -11,13 +11,13 @@ from lmlab.core.rng import key_for
 from lmlab.data.chat import render
 from lmlab.evals.harness import Served, harness_model
 from lmlab.evals.perplexity import make_held_out, text_values
-from lmlab.finetune import sft_pieces
 from lmlab.interop.pretrained import Pretrained, tokenizer_of
 from lmlab.loading import load_model
 from lmlab.multi_token import heads_pieces
+from lmlab.preference import tuning_pieces
 from lmlab.pretrain import pretrain_pieces
 from lmlab.recipe import MultiToken, Pretrain
-from lmlab.runs import load_heads, load_run
+from lmlab.runs import LoadedHeads, LoadedRun, load_heads, load_run, load_whole
 from lmlab.train.folder import read_config
 from lmlab.train.parallel import Share
 from lmlab.training import compare
@@ -25,14 +25,17 @@ from lmlab.training import compare
 
 def evaluate_run(folder: Path) -> dict[str, float]:
     """Held-out values of a run's newest parameters on all of its held-out data, and bits per byte of baselines."""
-    share, run = Share(0, 1), load_heads(folder) if isinstance(read_config(folder), MultiToken) else load_run(folder)
-    if isinstance(run.config, MultiToken):
-        pieces = heads_pieces(run.config, share)
-    elif isinstance(run.config, Pretrain):
-        pieces = pretrain_pieces(run.config, share)
+    config, share = read_config(folder), Share(0, 1)
+    if isinstance(config, MultiToken):
+        run: LoadedRun | LoadedHeads = load_heads(folder)
+        pieces = heads_pieces(config, share)
+    elif isinstance(config, Pretrain):
+        run = load_run(folder)
+        pieces = pretrain_pieces(config, share)
     else:
-        pieces = sft_pieces(run.config, run.text, share)
-    key = key_for(jax.random.key(run.config.train.seed), "held-out")
+        run = load_whole(folder)
+        pieces = tuning_pieces(folder, config, run.text, share)
+    key = key_for(jax.random.key(config.train.seed), "held-out")
     values = make_held_out(pieces.objective, pieces.data.heldout, key)(run.params)
     scores = compare(pieces, lambda: values, folder)
     return values | {f"bits_per_byte/{name}": value for name, value in scores.items() if name != "model"}

@@ -7,6 +7,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
+from lmlab.adapters import adapted, add_adapters, moving_axes, still_parts
 from lmlab.core.errors import UserError
 from lmlab.core.types import Key, Params
 from lmlab.data.chat import ChatTemplate, render
@@ -17,7 +18,7 @@ from lmlab.loading import open_model
 from lmlab.models.lm import LM
 from lmlab.optim.chain import build_optimizer
 from lmlab.pretrain import build_objective
-from lmlab.recipe import SFT, ResolvedSFT
+from lmlab.recipe import SFT, Preference, ResolvedPreference, ResolvedSFT
 from lmlab.runs import begun
 from lmlab.train.hosts import all_do
 from lmlab.train.parallel import Share
@@ -40,13 +41,17 @@ def _begin(config: SFT, folder: Path, share: Share) -> Pieces:
     resolved = ResolvedSFT(**vars(config), model=model.config)
     pieces = sft_pieces(resolved, text, share)
 
+    base = build_lm(resolved)
+
     def load(shardings: State) -> State:
-        return loaded_state(all_do(lambda: model.load(shardings.params)), pieces.tx, config.train.seed, shardings)
+        params = all_do(lambda: model.load({name: shardings.params[name] for name in base.axes}))
+        complete = partial(add_adapters, base, config.lora)
+        return loaded_state(params, pieces.tx, config.train.seed, shardings, pieces.still, complete)
 
     return replace(pieces, load=load, origin=f"from {config.source}")
 
 
-def with_template(text: TokenizerFiles | None, config: SFT) -> TokenizerFiles:
+def with_template(text: TokenizerFiles | None, config: SFT | Preference) -> TokenizerFiles:
     """The text side of a source with the chat template that the recipe asks for. Raises `UserError`: there is none.
 
     None is made up: what marks a turn has to be in the vocabulary, or a model learns to spell it out of letters.
@@ -77,12 +82,14 @@ def _written_with(text: TokenizerFiles, path: Path) -> TokenizerFiles:
 def sft_pieces(config: ResolvedSFT, text: TokenizerFiles, share: Share) -> Pieces:
     """The pieces of fine-tuning; parameters are made anew. text: with a template. Raises `UserError` for its data."""
     assert text.chat is not None
-    lm = build_lm(config)
+    base = build_lm(config)
+    lm = adapted(base, config.lora)
     return Pieces(
         config=config,
         lm=lm,
         objective=build_objective(config.objective, lm, text.tokenizer),
-        tx=build_optimizer(config.optim, lm.axes, config.train.steps, config.train.seed),
+        tx=build_optimizer(config.optim, moving_axes(base, lm, config.lora), config.train.steps, config.train.seed),
+        still=still_parts(base, config.lora),
         data=open_conversations(config.data, text.tokenizer, text.chat, **share._asdict()),
         sample=partial(draw_answers, lm, text, config),
         write=partial(write_tokenizer_files, files=text),
@@ -91,7 +98,7 @@ def sft_pieces(config: ResolvedSFT, text: TokenizerFiles, share: Share) -> Piece
 
 
 def draw_answers(
-    lm: LM, text: TokenizerFiles, config: ResolvedSFT, params: Params, key: Key
+    lm: LM, text: TokenizerFiles, config: ResolvedSFT | ResolvedPreference, params: Params, key: Key
 ) -> list[tuple[str, str]]:  # fmt: skip
     """The prompts as chats, written out, each with an answer."""
     assert text.chat is not None

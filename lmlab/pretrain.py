@@ -19,7 +19,7 @@ from lmlab.models.rows import read_rows
 from lmlab.objectives.config import NextTokenConfig
 from lmlab.objectives.next_token import next_token
 from lmlab.optim.chain import build_optimizer
-from lmlab.recipe import EvalConfig, Pretrain
+from lmlab.recipe import ChatEvalConfig, EvalConfig, Pretrain
 from lmlab.train.hosts import is_first
 from lmlab.train.parallel import Share
 from lmlab.training import Outcome, Pieces, build_lm, train_run
@@ -66,7 +66,7 @@ def build_objective(config: NextTokenConfig, lm: LM, tokenizer: TextTokenizer) -
 
 
 def draw_continuations(
-    lm: LM, tokenizer: TextTokenizer, config: EvalConfig, params: Params, key: Key
+    lm: LM, tokenizer: TextTokenizer, config: EvalConfig | ChatEvalConfig, params: Params, key: Key
 ) -> list[tuple[str, str]]:
     """The prompts, each with a continuation."""
     texts = sample_text(lm, params, tokenizer, config.prompts, key, config.sampling)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from lmlab.core.errors import UserError, check
 from lmlab.data.config import ConversationsConfig, DataConfig
+from lmlab.data.pairs_config import PairsConfig
 from lmlab.inference.config import SamplingConfig
 from lmlab.models.config import ExecutionConfig, GrowthConfig, ModelConfig, TransformerConfig
 from lmlab.models.heads_config import Chain, MultiTokenConfig
-from lmlab.objectives.config import MultiTokenLossConfig, NextTokenConfig
-from lmlab.optim.config import OptimConfig, ScheduleConfig
+from lmlab.objectives.config import MultiTokenLossConfig, NextTokenConfig, PairLossConfig
+from lmlab.optim.config import LoraConfig, OptimConfig, ScheduleConfig
 from lmlab.train.config import ParallelConfig, TrainConfig
 
 RUNS = Path("runs")
@@ -127,6 +128,7 @@ class SFT:
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     eval: ChatEvalConfig = field(default_factory=ChatEvalConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         """Check what concerns two parts at once."""
@@ -148,7 +150,50 @@ class ResolvedSFT(SFT):
               f"at most the context of the source, {self.model.max_length} tokens", "Shorten the rows.")  # fmt: skip
 
 
-def _check_divides(recipe: Pretrain | SFT) -> None:
+@dataclass(frozen=True)
+class Preference:
+    """Learning from pairs of answers of which one was preferred: DPO and its family (arXiv 2305.18290)."""
+
+    source: str
+    """The model: a run folder, a folder of transformers, a .gguf file, or a llama2.c .bin with its tokenizer. It is the
+    reference, too."""
+    data: PairsConfig
+    template: str = ""
+    """File of the chat template (Jinja) where the source has none, or another is wanted; empty: the source's, or, where
+    it has none, prompts are texts that answers follow."""
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    loss: PairLossConfig = field(default_factory=PairLossConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            schedule=ScheduleConfig(peak=1e-6, decay="linear", end=0.0), b2=0.999, weight_decay=0.0
+        )
+    )
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    eval: ChatEvalConfig = field(default_factory=ChatEvalConfig)
+
+    def __post_init__(self) -> None:
+        """Check what concerns two parts at once."""
+        check(self.execution.stacked, "execution.stacked", self.execution.stacked,
+              "True: models are read with their layers stacked")  # fmt: skip
+        _check_divides(self)
+
+
+@dataclass(frozen=True)
+class ResolvedPreference(Preference):
+    """The same with the model that the source holds, so that a run can be opened without it."""
+
+    model: ModelConfig = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check that rows fit the model."""
+        super().__post_init__()
+        check(self.data.length <= self.model.max_length, "data.length", self.data.length,
+              f"at most the context of the source, {self.model.max_length} tokens", "Shorten the rows.")  # fmt: skip
+
+
+def _check_divides(recipe: Pretrain | SFT | Preference) -> None:
     rows, length = recipe.data.batch_size, recipe.data.length
     check(rows % recipe.train.microbatches == 0, "train.microbatches", recipe.train.microbatches,
           f"a divisor of data.batch_size = {rows}")  # fmt: skip

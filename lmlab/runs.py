@@ -2,18 +2,21 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 
+from lmlab.adapters import adapted, merge
 from lmlab.core.errors import UserError
 from lmlab.core.types import Params
 from lmlab.interop.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from lmlab.interop.weights import Place, first_device
 from lmlab.models.heads import multi_token_lm
 from lmlab.models.lm import LM, MultiTokenLM
+from lmlab.optim.config import LoraConfig
 from lmlab.optim.precision import cast_parameters
-from lmlab.recipe import MultiToken, Pretrain, ResolvedSFT
+from lmlab.policy import policy
+from lmlab.recipe import SFT, MultiToken, Preference, Pretrain, ResolvedPreference, ResolvedSFT
 from lmlab.train.checkpoint import finish, restore_params
 from lmlab.train.folder import is_run, read_config
 from lmlab.train.parallel import with_shardings
@@ -26,7 +29,7 @@ R = TypeVar("R")
 class LoadedRun:
     """What a run folder holds."""
 
-    config: Pretrain | ResolvedSFT
+    config: Pretrain | ResolvedSFT | ResolvedPreference
     lm: LM
     step: int
     params: Params
@@ -52,12 +55,34 @@ def load_run(folder: Path, place: Place = first_device) -> LoadedRun:
     """
     config = read_config(folder)
     lm = build_lm(alone(config))
-    shapes, unread = jax.eval_shape(lm.init, jax.random.key(0)), {}
-    if isinstance(config, MultiToken):
-        every = jax.eval_shape(build_heads(config).lm.init, jax.random.key(0))
-        unread = {name: leaf for name, leaf in every.items() if name not in shapes}
-    step, params = _newest(folder, with_shardings(shapes, place(lm, shapes)), unread)
+    lora = config.lora if isinstance(config, SFT | Preference) else LoraConfig()
+    kept = adapted(lm, lora)
+    step, params = _read(folder, kept, whole_model(config, lm), place)
+    return LoadedRun(config, lm, step, merge(lm, lora, params), read_tokenizer_files(folder))
+
+
+def load_whole(folder: Path) -> LoadedRun:
+    """The same of a run of fine-tuning, with all that it keeps: adapters apart, and the copy of the source."""
+    config = read_config(folder)
+    lm = whole_model(config, build_lm(config))
+    step, params = _read(folder, lm, lm, first_device)
     return LoadedRun(config, lm, step, params, read_tokenizer_files(folder))
+
+
+def whole_model(config: Any, lm: LM) -> LM:
+    """The model with all that its run saves."""
+    if isinstance(config, MultiToken):
+        return build_heads(config).lm
+    if isinstance(config, Preference):
+        return policy(config, lm)
+    return adapted(lm, config.lora) if isinstance(config, SFT) else lm
+
+
+def _read(folder: Path, lm: LM, whole: LM, place: Place) -> tuple[int, Params]:
+    """Step and parameters of `lm`, which are part of those of `whole`."""
+    shapes, every = (jax.eval_shape(model.init, jax.random.key(0)) for model in (lm, whole))
+    unread = {name: leaf for name, leaf in every.items() if name not in shapes}
+    return _newest(folder, with_shardings(shapes, place(lm, shapes)), unread)
 
 
 def load_heads(folder: Path) -> LoadedHeads:
@@ -87,7 +112,7 @@ def begun(folder: Path, recipe: type[R]) -> R | None:
     return config if isinstance(config, recipe) else None
 
 
-def alone(config: Pretrain | ResolvedSFT) -> Pretrain | ResolvedSFT:
+def alone(config: Pretrain | ResolvedSFT | ResolvedPreference) -> Pretrain | ResolvedSFT | ResolvedPreference:
     """The recipe, or of a run with several heads that of head 1: what the run is opened as."""
     if not isinstance(config, MultiToken):
         return config

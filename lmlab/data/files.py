@@ -45,19 +45,19 @@ def file_records(source: Files, split: Literal["train", "heldout"]) -> Iterator[
     Raises:
         UserError: as `file_documents`; a file that is not lines of JSON.
     """
-    for name, path in split_files(source, split):
+    key = lambda record: json.dumps(record, sort_keys=True)
+    for where, record in read_records(source, split_files(source, split)):
+        if source.heldout or is_heldout(key(record), source.heldout_percent) == (split == "heldout"):
+            yield where, record
+
+
+def read_records(source: Files, files: list[tuple[str, Path]]) -> Iterator[tuple[str, object]]:
+    """(file:line, value) of each line of JSON of the files. Raises `UserError` for a file that is not lines of JSON."""
+    for name, path in files:
         if _kind(path) != "lines":
             raise UserError("data.sources", str(path), "a .jsonl or .jsonl.gz file")
-        for where, record in line_records(path, source, name):
-            key = json.dumps(record, sort_keys=True)
-            if source.heldout or is_heldout(key, source.heldout_percent) == (split == "heldout"):
-                yield where, record
-
-
-def line_records(path: Path, source: Files, name: str) -> Iterator[tuple[str, object]]:
-    """(name:line, value) of each line of JSON of one file. Raises `UserError` as `file_records`."""
-    with _readable(path), _open(path) as handle:
-        yield from _read_json_lines(name, handle, source)
+        with _readable(path), _open(path) as handle:
+            yield from _read_json_lines(name, handle, source)
 
 
 def split_files(source: Files, split: Literal["train", "heldout"]) -> list[tuple[str, Path]]:

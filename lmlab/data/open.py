@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from lmlab.core.errors import UserError
-from lmlab.core.types import TokenBatch
+from lmlab.core.types import Batch
 from lmlab.data.cache import TokenCache, open_cache
 from lmlab.data.config import DataConfig
 from lmlab.data.folders import cache_root
@@ -25,7 +25,7 @@ class Data:
 
     tokenizer: TextTokenizer
     train: Stream
-    heldout: Callable[[], Iterator[TokenBatch]]
+    heldout: Callable[[], Iterator[Batch]]
     """Starts a pass over the held-out rows of all sources, each once."""
     texts: Callable[[Split], Iterator[str]]
     """Starts a pass over the texts of a split, decoded from their tokens."""

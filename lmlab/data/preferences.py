@@ -1,5 +1,6 @@
 """Pairs of answers from files: records of the usual shapes, as tokens of prompts and of answers, each cut apart."""
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -75,6 +76,14 @@ def read_pair(record: object, where: str) -> Pair:
             raise _wrong(where, f"an answer that is not empty in {name}")
     numbers = (_number(record, name, default, where) for name, default in _NUMBERS.items())
     return Pair(where, prompt, answers[0], answers[1], *numbers)
+
+
+def prompt_key(record: object) -> str:
+    """What pairs of one prompt have in common; of what is no pair, all of it."""
+    try:
+        return json.dumps(read_pair(record, "").prompt)
+    except UserError:
+        return json.dumps(record, sort_keys=True)
 
 
 def _prompt(context: Any, more: Any, where: str) -> str | tuple[Mapping[str, Any], ...]:

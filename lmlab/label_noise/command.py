@@ -11,7 +11,7 @@ def label_noise(args: LabelNoise) -> int:
     """Read, score, write, and print the summary."""
     from lmlab.label_noise.clean import open_folder, write_all
     from lmlab.label_noise.features import read_features
-    from lmlab.label_noise.read import read_records
+    from lmlab.label_noise.read import read_file
     from lmlab.label_noise.scores import judge
 
     source = Path(args.data)
@@ -22,7 +22,7 @@ def label_noise(args: LabelNoise) -> int:
     target = folder / f"cleaned.jsonl{'.gz' if source.name.endswith('.gz') else ''}"
     check(target.resolve() != source.resolve(), "--out", str(folder), "a folder other than that of the input",
           f"{target.name} is written there, and an input is never overwritten.")  # fmt: skip
-    found = read_records(source, args.invalid)
+    found = read_file(source, args.invalid)
     check(len(found.pairs) >= args.folds, "DATA", args.data, f"at least {args.folds} pairs, as many as --folds",
           f"There are {len(found.pairs)}.")  # fmt: skip
     open_folder(folder)

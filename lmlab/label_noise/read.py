@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lmlab.core.errors import UserError, check
 from lmlab.data.config import Files
-from lmlab.data.files import line_records
+from lmlab.data.files import read_records
 from lmlab.data.preferences import Pair, read_pair
 from lmlab.data.progress import say
 
@@ -23,14 +23,14 @@ class Found:
     """Lines that are no pair of two different answers, by reason."""
 
 
-def read_records(path: Path, invalid: Literal["error", "drop"]) -> Found:
+def read_file(path: Path, invalid: Literal["error", "drop"]) -> Found:
     """All pairs of a file. Pairs of equal answers are left out and counted, and so is with "drop" what is no pair.
 
     Raises:
         UserError: the file cannot be read or holds no pair; a line that is none, unless it may be left out.
     """
     records, pairs, skipped = [], [], Counter[str]()
-    for where, record in line_records(path, Files(str(path)), path.name):
+    for where, record in read_records(Files(str(path)), [(path.name, path)]):
         try:
             pair = read_pair(record, where)
         except UserError as error:

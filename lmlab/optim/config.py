@@ -118,3 +118,20 @@ class OptimConfig:
         adam = galore.moments == "keep" and galore.moment_bits == 32
         check(not projected or self.rule == "adamw" or adam, "optim.galore.moments", galore.moments,
               f"keep, and moment_bits 32, with rule {self.rule}")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters in place of the matrices themselves (arXiv 2106.09685)."""
+
+    rank: int = 0
+    """r; 0: no adapters, all parameters are trained."""
+    alpha: float = 16.0
+    """Adapters are scaled by alpha / r."""
+    include: tuple[str, ...] = ()
+    """Patterns of the paths of matrices that get one; empty: all hidden ones."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check(self.rank >= 0, "lora.rank", self.rank, "0 (no adapters) or more")
+        check(self.alpha > 0, "lora.alpha", self.alpha, "a positive number")

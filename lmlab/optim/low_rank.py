@@ -4,16 +4,15 @@ Both are functions on parameters, so that any objective takes them: `lambda fact
 objective(with_products(params, factors, ...), batch, key)`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from lmlab.core.rng import key_for
 from lmlab.core.types import Array, Key, Params
-from lmlab.optim.matrices import Choice, Layout, chosen_leaves, from_matrices
+from lmlab.optim.matrices import Choice, Layout, Leaf, chosen_leaves, from_matrices
 
 
 class Factors(NamedTuple):
@@ -23,28 +22,27 @@ class Factors(NamedTuple):
     up: Array
 
 
-def lora_factors(params: Params, matrices: Choice, rank: float, key: Key) -> Any:
-    """Factors whose product is zero (arXiv 2106.09685, section 4.1): `down` is normal with variance 1 / m.
+def lora_factors(params: Params, matrices: Choice, rank: float, key: Key) -> dict[str, Factors]:
+    """Factors whose product is zero (arXiv 2106.09685, section 4.1), by the paths of the chosen parameters.
 
-    A tree like the parameters with `Factors` for the chosen ones and `optax.MaskedNode()` for the others.
+    `down` is normal with variance 1 / m.
     """
     return _made(params, matrices, rank, key, lambda how, key, leaf: _random(how, key, 1.0, zero=True))
 
 
-def random_factors(params: Params, matrices: Choice, rank: float, key: Key) -> Any:
+def random_factors(params: Params, matrices: Choice, rank: float, key: Key) -> dict[str, Factors]:
     """Factors whose product has entries of the variance that those of each chosen parameter have: for W = A B."""
     return _made(params, matrices, rank, key, lambda how, key, leaf: _random(how, key, jnp.std(leaf), zero=False))
 
 
 def _made(
     params: Params, matrices: Choice, rank: float, key: Key, make: Callable[[Layout, Key, Array], Factors]
-) -> Any:  # fmt: skip
-    treedef: Any = jax.tree.structure(params)
-    leaves = chosen_leaves(params, matrices, rank, "std")
-    return treedef.unflatten([
-        make(leaf.layout, key_for(key, leaf.name), x) if leaf.layout else optax.MaskedNode()
-        for leaf, x in zip(leaves, jax.tree.leaves(params), strict=True)
-    ])  # fmt: skip
+) -> dict[str, Factors]:  # fmt: skip
+    return {
+        leaf.name: make(leaf.layout, key_for(key, leaf.name), x)
+        for leaf, x in zip(chosen_leaves(params, matrices, rank, "std"), jax.tree.leaves(params), strict=True)
+        if leaf.layout
+    }
 
 
 def _random(how: Layout, key: Key, size: float | Array, zero: bool) -> Factors:
@@ -56,28 +54,26 @@ def _random(how: Layout, key: Key, size: float | Array, zero: bool) -> Factors:
     return Factors(down, jnp.zeros_like(up) if zero else up)
 
 
-def with_products(params: Params, factors: Any, matrices: Choice, scale: float = 1.0) -> Params:
+def with_products(params: Params, factors: Mapping[str, Factors], matrices: Choice, scale: float = 1.0) -> Params:
     """The parameters plus scale * down @ up (of LoRA, alpha / r is the scale). The chosen ones get no gradient."""
     return _merged(params, factors, matrices, lambda x, product: jax.lax.stop_gradient(x) + scale * product)
 
 
-def as_products(params: Params, factors: Any, matrices: Choice) -> Params:
+def as_products(params: Params, factors: Mapping[str, Factors], matrices: Choice) -> Params:
     """The parameters with down @ up in place of the chosen ones, which are not read."""
     return _merged(params, factors, matrices, lambda x, product: product)
 
 
 def _merged(
-    params: Params, factors: Any, matrices: Choice, join: Callable[[Array, Array], Array]
+    params: Params, factors: Mapping[str, Factors], matrices: Choice, join: Callable[[Array, Array], Array]
 ) -> Params:  # fmt: skip
-    treedef: Any = jax.tree.structure(params)
     leaves = chosen_leaves(params, matrices, 1, "std")  # of any rank: axes alone are read
 
-    def one(how: Layout | None, x: Array, pair: Any) -> Array:
-        if how is None:
+    def one(leaf: Leaf, x: Array) -> Array:
+        if leaf.layout is None:
             return x
-        return join(x, from_matrices(pair.down @ pair.up, how.axes, how.shape)).astype(x.dtype)
+        down, up = factors[leaf.name]
+        return join(x, from_matrices(down @ up, leaf.layout.axes, leaf.layout.shape)).astype(x.dtype)
 
-    return treedef.unflatten([
-        one(leaf.layout, x, pair)
-        for leaf, x, pair in zip(leaves, jax.tree.leaves(params), treedef.flatten_up_to(factors), strict=True)
-    ])  # fmt: skip
+    treedef: Any = jax.tree.structure(params)
+    return treedef.unflatten([one(leaf, x) for leaf, x in zip(leaves, jax.tree.leaves(params), strict=True)])

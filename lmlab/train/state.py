@@ -1,5 +1,6 @@
 """What training carries from step to step."""
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
@@ -54,8 +55,14 @@ def init_state(
 
 
 def loaded_state(
-    params: Params, tx: optax.GradientTransformation, seed: int, shardings: Any, still: Still = ()
+    params: Params, tx: optax.GradientTransformation, seed: int, shardings: Any, still: Still = (),
+    complete: Callable[[Params, Key], Params] = lambda params, key: params,
 ) -> State:  # fmt: skip
-    """The state of a run that begins with parameters that are there; they lie as `shardings` says, and are used up."""
-    make = jax.jit(lambda params, key: new_state(params, tx, key, still), out_shardings=shardings, donate_argnums=0)
+    """The state of a run that begins with parameters that are there; they lie as `shardings` says, and are used up.
+
+    complete: `complete(params, key)` adds what is trained beside them, or kept.
+    """
+    make = jax.jit(
+        lambda params, key: new_state(complete(params, key), tx, key, still), out_shardings=shardings, donate_argnums=0
+    )  # fmt: skip
     return make(params, jax.random.key(seed))
