@@ -75,7 +75,7 @@ def sinkhorn(scores_NK: Array, weights_N: Array, temperature: float = 0.05, iter
     log_N = jnp.where(weights_N != 0, jnp.log(jnp.where(weights_N != 0, weights_N, 1)), -jnp.inf)
     # Without any row there is nothing to balance.
     log_N = jnp.where(jnp.any(weights_N != 0), log_N, 0.0)
-    codes_NK = jax.nn.log_softmax(scores_NK / temperature, axis=1)
+    codes_NK = scores_NK / temperature
     for _ in range(iterations):
         codes_NK = codes_NK - jax.nn.logsumexp(codes_NK + log_N[:, None], axis=0, keepdims=True)
         codes_NK = jax.nn.log_softmax(codes_NK, axis=1)

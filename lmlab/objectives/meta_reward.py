@@ -33,7 +33,9 @@ def answer_spread(rewards_BS: Array, present_BS: Array) -> Ratio:
     that are present; a row with fewer than two does not count. It asks for distance, not for the right order.
     """
     count_B = jnp.sum(present_BS, axis=1).astype(rewards_BS.dtype)
-    gaps_BSS = jnp.abs(rewards_BS[:, :, None] - rewards_BS[:, None, :])
+    gaps_BSS = rewards_BS[:, :, None] - rewards_BS[:, None, :]
+    # Not jnp.abs, which has the slope 1 at 0: equal rewards shall stay where they are.
+    gaps_BSS = gaps_BSS * jnp.sign(gaps_BSS)
     both_BSS = present_BS[:, :, None] & present_BS[:, None, :]
     pairs_BSS = both_BSS & jnp.triu(jnp.ones(both_BSS.shape[1:], bool), 1)[None]
     sums_B = jnp.sum(jnp.where(pairs_BSS, jax.nn.sigmoid(gaps_BSS), 0), axis=(1, 2))

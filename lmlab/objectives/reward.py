@@ -60,11 +60,13 @@ def reward_pairs(
         del key
         rewards_BS, weights_BP = rewards(params, batch.answers), batch.weights_BP
         chosen_BP, rejected_BP = rewards_BS[:, 0::2], rewards_BS[:, 1::2]
-        margin_BP = chosen_BP - rejected_BP
+        # What does not count may be anything, and so may its slope.
+        margin_BP = jnp.where(weights_BP != 0, chosen_BP - rejected_BP, 0)
         loss_BP = preference_loss(margin_BP, batch.targets_BP, margin_scale * batch.margins_BP)
         losses = {"preference": masked_ratio(loss_BP, weights_BP)}
         if center:
-            losses["center"] = masked_ratio(jnp.square(chosen_BP + rejected_BP), weights_BP)
+            sum_BP = jnp.where(weights_BP != 0, chosen_BP + rejected_BP, 0)
+            losses["center"] = masked_ratio(jnp.square(sum_BP), weights_BP)
         metrics = {"accuracy": masked_ratio((jnp.sign(margin_BP) + 1) / 2, weights_BP)}
         metrics["margin"] = masked_ratio(margin_BP, weights_BP)
         both_BS = jnp.repeat(weights_BP, 2, axis=1)
