@@ -251,9 +251,8 @@ def _fit(pair: EncodedPair, config: PairsConfig, counts: dict[str, int]) -> Enco
         if config.too_long == "drop":
             counts["dropped_long"] += 1
             return None
-        shorter = min(*sizes, room // 2)
-        limits = [min(size, max(room // 2, room - shorter)) for size in sizes]
-        answers = pair.answers[0][: limits[0]], pair.answers[1][: limits[1]]
+        first = min(sizes[0], max(room // 2, room - sizes[1]))
+        answers = pair.answers[0][:first], pair.answers[1][: room - first]
         counts["cut_answers"] += 1
         if np.array_equal(*answers):
             counts["dropped_long"] += 1

@@ -62,7 +62,7 @@ def write_all(found: Found, verdict: Verdict, args: LabelNoise, target: Path) ->
     files = {
         target: _packed("".join(lines)) if target.suffix == ".gz" else "".join(lines).encode(),
         folder / STRENGTH: "".join(scores).encode(),
-        folder / REPORT: render_page(found, verdict, args, len(lines)).encode(),
+        folder / REPORT: render_page(found, verdict, args, len(lines)).encode(errors="replace"),
     }
     replace_all(files)
     paths = "\n".join(f"{path.name:16s} {path.resolve()}" for path in files)
