@@ -46,7 +46,8 @@ class LabelNoise:
     """What is done. soft: every pair gets "target", the probability that its label is right; weight: suspects get it as
     their "weight"; flip: chosen and rejected of suspects change places; drop: suspects are left out; none: a copy."""
     share: float = 0.0
-    """Suspects are this share of the pairs, of lowest strength, where that is below 0; 0: the estimated noise rate."""
+    """The share of wrong labels, where it is known; 0: it is estimated. So many pairs of lowest strength are suspects,
+    if it is below 0."""
     model: str = ""
     """Features of any model that lmlab reads, frozen: its states at the last token and their mean; empty: hashed words
     and pairs of words by tf-idf, which need no model."""

@@ -91,7 +91,7 @@ def answer_states(lm: LM, params: Params, answers: AnswerBatch) -> Array:
     hidden_BTD = read_answers(lm, params, answers).astype(jnp.float32)
     last_BSD = jnp.take_along_axis(hidden_BTD, answers.ends_BS[..., None], axis=1)
     # The tokens of an answer stand together and end there.
-    back_BST = answers.ends_BS[..., None] - jnp.arange(hidden_BTD.shape[1])
+    back_BST = answers.ends_BS[..., None] - jnp.arange(hidden_BTD.shape[1])[None, None]
     lengths_BS1 = answer_lengths(answers)[..., None]
     members_BST = (back_BST >= 0) & (back_BST < lengths_BS1)
     mean_BSD = members_BST.astype(jnp.float32) @ hidden_BTD / jnp.maximum(lengths_BS1, 1)

@@ -62,7 +62,7 @@ def judge(features_N2D: np.ndarray, args: LabelNoise) -> Verdict:
     strength = preference_strength(jnp.asarray(scores_LMN[0]))
     mean_N = strength.mean_N
     rate = float(noise_rate(jax.nn.sigmoid(mean_N)))
-    used = min(max(rate, _LEAST), _MOST)
+    used = min(max(args.share or rate, _LEAST), _MOST)
     target_N = posterior(mean_N, used, fitted_scale(mean_N, used)).targets_N
     suspects_N = np.asarray(lowest(mean_N, args.share or rate) & (mean_N < 0))
     unsure_N = np.asarray((strength.vote_N < 1) | (mean_N <= 0))
