@@ -29,6 +29,8 @@ RATES = (0.0, 0.1, 0.2, 0.3, 0.4)
 """Planted flips of the detection table."""
 CURED_RATES = (0.0, 0.2, 0.4)
 """And of the table of cures."""
+ALONE_RATES, ALONE_EPOCHS = (0.0, 0.2), 20
+"""Of the models that see a tenth of the pairs alone."""
 MARKS = (1, 5, 10, 20, 40)
 """Epochs after which all is measured."""
 STRENGTH_EPOCHS = 5
@@ -217,6 +219,27 @@ def compare_cures(world: World, detected: dict[str, Any], epochs: int) -> dict[s
     return result
 
 
+def learn_from_tenths(world: World, detected: dict[str, Any], epochs: int) -> dict[str, list[float]]:
+    """Accuracy on clean pairs of models that saw one tenth of the pairs alone, by strength from the lowest; then of a
+    tenth at random. With no flips, too: what the lowest tenth teaches is what the ensemble got wrong.
+    """
+    count = len(world.train_N2D)
+    result = {}
+    for rate in ALONE_RATES:
+        name = f"{rate:g}"
+        flips_N = detected["flips"][name]
+        tenths = [
+            *np.array_split(np.argsort(detected["strength"][name]), 10),
+            world.rng.permutation(count)[: count // 10],
+        ]
+        allowed = np.stack([np.isin(np.arange(count), tenth) for tenth in tenths]).repeat(MODELS, axis=0)
+        given = cure.with_flips(cure.as_given(jnp.zeros(allowed.shape)), jnp.asarray(flips_N))
+        *_, (_, params) = trained(world.train_N2D, given, allowed, epochs, world.rng)
+        scores = np.asarray(measured_accuracy(params, world.tests["test"]))
+        result[name] = scores.reshape(-1, MODELS).mean(axis=1).tolist()
+    return result
+
+
 @jax.jit
 def measured_accuracy(params: Params, pairs_N2D: Array) -> Array:
     """The share of pairs [K] whose first answer has the higher reward."""
@@ -230,5 +253,7 @@ def run_pilot(seeds: int, pairs: int, epochs: int) -> list[dict[str, Any]]:
         say(f"planted flips, seed {seed}")
         world = draw_world(seed, pairs)
         detected = detect(world, epochs)
-        result.append({"detection": detected["found"], "cures": compare_cures(world, detected, epochs)})
+        alone = learn_from_tenths(world, detected, min(epochs, ALONE_EPOCHS))
+        cures = compare_cures(world, detected, epochs)
+        result.append({"detection": detected["found"], "tenths alone": alone, "cures": cures})
     return result

@@ -36,22 +36,33 @@ def pilot_tables(seeds: list[dict[str, Any]]) -> str:
         stds = " ".join(f"{x:.2f}" for x in np.mean([x["std by tenth"] for x in some], axis=0))
         rates, below = show([x["noise rate"] for x in some]), show([x["below 0"] for x in some])
         lines.append(f"{float(rate):<9.0%}{rates:15s}{below:15s}{tenths}   {stds}")
+    lines += [
+        "",
+        "accuracy after training on one tenth of the pairs alone, lowest strength first; then on a tenth at random",
+    ]
+    for rate in seeds[0]["tenths alone"]:
+        values = np.mean([seed["tenths alone"][rate] for seed in seeds], axis=0)
+        lines.append(f"{float(rate):<9.0%}" + " ".join(f"{x:.3f}" for x in values))
     for rate in seeds[0]["cures"]:
         lines += ["", *cure_table(seeds, rate)]
     return "\n".join(lines)
 
 
 def cure_table(seeds: list[dict[str, Any]], rate: str) -> list[str]:
-    """Accuracy on clean pairs by epoch, and under the shift after the last."""
+    """Accuracy on clean pairs by epoch; after the last under the shift, and over "nothing" with the same seed."""
     arms = seeds[0]["cures"][rate]
     epochs = list(arms["nothing"]["test"])
-    heads = [f"epoch {epoch}" for epoch in epochs] + [f"shifted, {epochs[-1]}"]
+    last = epochs[-1]
+    heads = [f"epoch {epoch}" for epoch in epochs] + [f"shifted, {last}", f"gain, {last}"]
     lines = [f"vectors, {float(rate):.0%} flipped: accuracy on clean pairs",
              f"{'':30s}" + "".join(f"{head:>15s}" for head in heads)]  # fmt: skip
     for arm in arms:
         found = [seed["cures"][rate][arm] for seed in seeds]
         cells = [show([x["test"][epoch] for x in found]) for epoch in epochs]
-        cells.append(show([x["shifted"][epochs[-1]] for x in found]))
+        gains = [
+            x["test"][last] - seed["cures"][rate]["nothing"]["test"][last] for x, seed in zip(found, seeds, strict=True)
+        ]
+        cells += [show([x["shifted"][last] for x in found]), show(gains)]
         lines.append(f"{arm:30s}" + "".join(f"{cell:>15s}" for cell in cells))
     return lines
 

@@ -51,7 +51,7 @@ def test_the_example_of_a_real_model_runs_on_a_tiny_one(tmp_path, monkeypatch, c
 
 
 def test_commands_links_and_files_are_there(monkeypatch):
-    named = set(re.findall(r"^lmlab (\w+)", README, flags=re.MULTILINE))
+    named = set(re.findall(r"^lmlab ([\w-]+)", README, flags=re.MULTILINE))
     assert named <= set(COMMANDS)
     paths = set(re.findall(r"\]\(([^):]+)\)", README)) | set(re.findall(r"`((?:lmlab|configs|tests)/[\w./]+)`", README))
     assert [path for path in paths if not (ROOT / path).exists()] == []

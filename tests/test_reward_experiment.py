@@ -40,6 +40,7 @@ def test_the_experiment_runs_and_writes_what_it_found(tmp_path, capsys):
         assert {kind: list(by) for kind, by in found.items()} == {"in-sample": ["1", "5"], "out-of-fold": ["1", "5"]}
         assert 0.5 < found["out-of-fold"]["5"]["auc"] <= 1
         assert len(found["out-of-fold"]["5"]["flips by tenth"]) == 10
+        assert {rate: len(values) for rate, values in seed["tenths alone"].items()} == {"0": 11, "0.2": 11}
         assert set(seed["cures"]) == {"0", "0.2", "0.4"}
         for arms in seed["cures"].values():
             assert len(arms) == 16
