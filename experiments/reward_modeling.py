@@ -113,7 +113,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Accuracy by epoch of some cures for each rate of flips, and MetaRM's by arm; what was not run is left out."""
+    """Accuracy by epoch: of some cures of vectors for each rate of flips, and of all of digit strings."""
     panels: list[Callable[[Axes], None]] = []
     if "vectors" in result:
         panels += [lambda axes, rate=f"{rate:g}": draw_cures(axes, result["vectors"], rate) for rate in CURED_RATES]
@@ -124,7 +124,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     with drawing(path, 4.5 * len(panels), 4) as drawn:
         for panel, axes in zip(panels, drawn.subplots(1, len(panels), squeeze=False)[0], strict=True):
             panel(axes)
-        drawn.axes[0].legend(fontsize=8)
+        if "vectors" in result:
+            drawn.legend(*drawn.axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=7, fontsize=8)
 
 
 DRAWN = ("nothing", "true labels", "flip lowest 10 %", "smooth all, 0.2", "margin mu", "posterior",
@@ -138,6 +139,8 @@ def draw_cures(axes: Axes, seeds: list[dict[str, Any]], rate: str) -> None:
         _curve(axes, name, [int(epoch) for epoch in curves[0]], [list(curve.values()) for curve in curves])
     axes.set_title(f"vectors, {float(rate):.0%} flipped", loc="left")
     axes.set(xlabel="epoch", ylabel="accuracy on clean pairs", xscale="log")
+    axes.set_xticks(list(map(int, curves[0])), labels=list(curves[0]), minor=False)
+    axes.minorticks_off()
 
 
 def draw_digits(axes: Axes, seeds: list[dict[str, Any]]) -> None:
