@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from experiments.results import say
-from lmlab.core.types import Array, Params, Preferences
+from lmlab.core.types import Array, Key, Params, Preferences
 from lmlab.data.answers import PairRows, preferences_of
 from lmlab.data.preferences import EncodedPair
 from lmlab.evals.ranking import auc
@@ -18,6 +18,7 @@ from lmlab.models.config import AttentionConfig, TransformerConfig
 from lmlab.models.reward import reward_model
 from lmlab.models.transformer import transformer
 from lmlab.objectives import treatments as cure
+from lmlab.objectives.contrastive import answer_rows, difference_rows, dropout_view, sim_cse, swav, with_contrast
 from lmlab.objectives.reward import reward_pairs, unbiased_targets
 from lmlab.objectives.strength import fitted_scale, noise_rate, out_of_fold, preference_strength
 from lmlab.objectives.treatments import Treatment
@@ -72,21 +73,39 @@ def differences(params: Params, batch: Preferences) -> Array:
     return rewards_KN2[..., 0] - rewards_KN2[..., 1]
 
 
+PLAIN = reward_pairs(REWARDER.rewards)
+VIEW = dropout_view(REWARDER.features, REWARDER.lm.embed)
+OBJECTIVES = {
+    "": PLAIN,
+    "SimCSE": with_contrast(PLAIN, VIEW, answer_rows, lambda params, *views: sim_cse(*views), 1.0),
+    "SwAV of differences": with_contrast(
+        PLAIN, VIEW, difference_rows, lambda params, *views: swav(*views, params["prototypes"]), 0.5
+    ),
+}
+"""Without and with a contrastive term, in the settings of the paper."""
+
+
+def init(key: Key) -> Params:
+    """Parameters for any of the objectives; those that one does not read stay."""
+    return {**REWARDER.init(key), "prototypes": jax.random.normal(key, (20, REWARDER.lm.config.width))}
+
+
 @lru_cache
-def training(steps: int) -> tuple[optax.GradientTransformation, Step]:
+def training(steps: int, contrast: str) -> tuple[optax.GradientTransformation, Step]:
     """The same step for every seed, so that it is compiled once."""
-    tx = build_optimizer(OptimConfig(schedule=ScheduleConfig(peak=PEAK, warmup=0.1)), REWARDER.axes, steps)
-    return tx, make_step(reward_pairs(REWARDER.rewards), tx)
+    axes = {**REWARDER.axes, "prototypes": ("vocab", "embed")}
+    tx = build_optimizer(OptimConfig(schedule=ScheduleConfig(peak=PEAK, warmup=0.1)), axes, steps)
+    return tx, make_step(OBJECTIVES[contrast], tx)
 
 
 def trained(
-    batch: Preferences, treated: Treatment, allowed_KN: np.ndarray, epochs: int, seed: int
+    batch: Preferences, treated: Treatment, allowed_KN: np.ndarray, epochs: int, seed: int, contrast: str = ""
 ) -> Iterator[tuple[int, Params]]:  # fmt: skip
     """Members after each epoch, on treated labels [K, N] of pairs whose first answer is right."""
     rows = shuffled_rows(allowed_KN, epochs, BATCH, np.random.default_rng(seed))
     steps = len(rows) // epochs
-    tx, step = training(len(rows))
-    states = new_members(REWARDER.init, tx, jax.random.split(jax.random.key(seed), len(allowed_KN)))
+    tx, step = training(len(rows), contrast)
+    states = new_members(init, tx, jax.random.split(jax.random.key(seed), len(allowed_KN)))
     targets, margins, weights = (jnp.asarray(x_KN, jnp.float32)[..., None] for x_KN in treated)
     data = Preferences(batch.answers, weights, targets, margins, None)
     own: Any = Preferences(None, 0, 0, 0, None)  # type: ignore[arg-type]
@@ -128,6 +147,20 @@ def arms(mu: Array, flips_N: Array, rate: float) -> dict[str, Treatment]:
     }
 
 
+def accuracies(
+    batch: Preferences, test: Preferences, stacked: Treatment, names: list[str], epochs: int, seed: int,
+    contrast: str = "",
+) -> dict[str, list[float]]:  # fmt: skip
+    """Accuracy on clean pairs after each epoch of each arm; stacked: [arms * MODELS, N]."""
+    curves: dict[str, list[float]] = {name: [] for name in names}
+    everything = np.ones(stacked.targets_N.shape, bool)
+    for _, params in trained(batch, stacked, everything, epochs, seed, contrast):
+        right = np.mean(np.asarray(differences(params, test)) > 0, axis=1).reshape(-1, MODELS).mean(axis=1)
+        for name, value in zip(names, right.tolist(), strict=True):
+            curves[name].append(value)
+    return curves
+
+
 def run_digits(seeds: int, pairs: int, epochs: int) -> list[dict[str, Any]]:
     """Detection, and clean accuracy of each arm after every epoch, for every seed."""
     result = []
@@ -140,10 +173,9 @@ def run_digits(seeds: int, pairs: int, epochs: int) -> list[dict[str, Any]]:
         treated = arms(jnp.asarray(mu), jnp.asarray(flips_N), min(max(found["noise rate"], 0.01), 0.45))
         flipped = [cure.with_flips(treatment, jnp.asarray(flips_N)) for treatment in treated.values()]
         stacked = Treatment(*(np.repeat(np.stack(part), MODELS, axis=0) for part in zip(*flipped, strict=True)))
-        curves: dict[str, list[float]] = {arm: [] for arm in treated}
-        for _, params in trained(batch, stacked, np.ones((len(treated) * MODELS, pairs), bool), epochs, seed):
-            right = np.mean(np.asarray(differences(params, test)) > 0, axis=1).reshape(-1, MODELS).mean(axis=1)
-            for arm, value in zip(treated, right.tolist(), strict=True):
-                curves[arm].append(value)
+        curves = accuracies(batch, test, stacked, list(treated), epochs, seed)
+        for contrast in [name for name in OBJECTIVES if name]:
+            nothing = jax.tree.map(lambda x: x[:MODELS], stacked)
+            curves |= accuracies(batch, test, nothing, [contrast], epochs, seed, contrast)
         result.append({"detection": found, "accuracy": curves})
     return result

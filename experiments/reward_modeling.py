@@ -5,8 +5,8 @@
 vectors: pairs of vectors whose true order is known, with 0 to 40 % of the labels flipped. How well the strength of an
 ensemble ranks the flips, in-sample and out-of-fold; accuracy of each cure on clean pairs and under a shift; at 0 %,
 what flipping costs that was not needed. meta: MetaRM under a shift, with a step of length 0, along a random direction,
-by answers that are not shifted, and downwards. digits: the same as vectors with transformers on digit strings. Then
-real pairs, if files are named: planted flips, and three votes of people.
+by answers that are not shifted, and downwards. digits: the same as vectors with transformers on digit strings, and with
+contrastive terms. Then real pairs, if files are named: planted flips, and three votes of people.
 
 Prints tables; writes results.json and reward_modeling.svg.
 """

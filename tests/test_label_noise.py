@@ -211,6 +211,13 @@ def test_an_input_is_never_overwritten(folder, capsys):
     assert main(["label-noise", "link.jsonl", *WORDS[2:]]) == 2
 
 
+def test_a_folder_in_the_way_of_a_file(folder, capsys):
+    (folder / "out/report.html").mkdir(parents=True)
+    assert main(WORDS) == 2
+    assert "report.html is a folder" in one_line(capsys)
+    assert os.listdir(folder / "out") == ["report.html"]
+
+
 def test_a_disk_that_is_full_leaves_what_was_there(folder, capsys, monkeypatch):
     from lmlab.label_noise import clean
 

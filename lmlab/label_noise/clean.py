@@ -1,5 +1,6 @@
 """The treated copy of a file of preferences, the strength of each pair, and the page; all of it or nothing."""
 
+import errno
 import gzip
 import json
 import os
@@ -30,7 +31,7 @@ def open_folder(folder: Path) -> None:
 def treated(record: dict[str, Any], pair: int, verdict: Verdict, treat: str) -> dict[str, Any] | None:
     """The record as it is written; None: it is left out.
 
-    A flipped one says so ("flipped"), and its margin, if it has one, turns round with it.
+    A flipped one says so ("flipped"), and its margin, if it has one, turns round with it. Other fields stay.
     """
     target = round(float(verdict.target_N[pair]), 6)
     if treat == "soft":
@@ -88,6 +89,9 @@ def replace_all(files: dict[Path, bytes]) -> None:
     """Write all files beside their places first, and only then put them there."""
     partial = {path: path.with_name(f"{path.name}.{os.getpid()}.partial") for path in files}
     try:
+        for path in files:
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, f"{path.name} is a folder")
         for path, content in files.items():
             partial[path].write_bytes(content)
         for path, beside in partial.items():
