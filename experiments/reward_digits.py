@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from experiments.results import say
+from experiments.reward_pilot import LEAST_RATE
 from lmlab.core.types import Array, Key, Params, Preferences
 from lmlab.data.answers import PairRows, preferences_of
 from lmlab.data.preferences import EncodedPair
@@ -20,7 +21,7 @@ from lmlab.models.transformer import transformer
 from lmlab.objectives import treatments as cure
 from lmlab.objectives.contrastive import answer_rows, difference_rows, dropout_view, sim_cse, swav, with_contrast
 from lmlab.objectives.reward import reward_pairs, unbiased_targets
-from lmlab.objectives.strength import fitted_scale, noise_rate, out_of_fold, preference_strength
+from lmlab.objectives.strength import fit_noise, noise_rate, out_of_fold, preference_strength
 from lmlab.objectives.treatments import Treatment
 from lmlab.optim.chain import build_optimizer
 from lmlab.optim.config import OptimConfig, ScheduleConfig
@@ -129,20 +130,22 @@ def detect(batch: Preferences, flips_N: np.ndarray, epochs: int, seed: int) -> t
             labelled = np.asarray(out_of_fold(labelled.reshape(MODELS, FOLDS, count), folds))
         found[kind] = auc(-labelled.mean(axis=0), flips_N)
     mean_N = np.asarray(preference_strength(jnp.asarray(labelled)).mean_N)
-    found["noise rate"] = float(noise_rate(jax.nn.sigmoid(jnp.asarray(mean_N))))
+    found["noise rate"] = float(fit_noise(jnp.asarray(mean_N))[1])
+    found["by confident learning"] = float(noise_rate(jax.nn.sigmoid(jnp.asarray(mean_N))))
     return found, mean_N
 
 
-def arms(mu: Array, flips_N: Array, rate: float) -> dict[str, Treatment]:
+def arms(mu: Array, flips_N: Array) -> dict[str, Treatment]:
     """The treatments of given labels that stood out on vectors."""
-    given = cure.as_given(mu)
+    scale, fitted = fit_noise(mu)
+    given, rate = cure.as_given(mu), max(float(fitted), LEAST_RATE)
     return {
         "nothing": given,
         "true labels": cure.flip(mu, flips_N),
         "flip lowest, estimated rate": cure.flip(mu, cure.lowest(mu, rate)),
         "smooth all, 0.2": cure.smooth(mu),
         "margin mu": cure.margin(mu),
-        "posterior": cure.posterior(mu, rate, fitted_scale(mu, rate)),
+        "posterior": cure.posterior(mu, rate, scale),
         "unbiased, estimated rate": given._replace(targets_N=unbiased_targets(given.targets_N, rate)),
     }
 
@@ -170,7 +173,7 @@ def run_digits(seeds: int, pairs: int, epochs: int) -> list[dict[str, Any]]:
         batch, test = draw_rows(pairs, rng), draw_rows(pairs, rng)
         flips_N = rng.random(pairs) < FLIPS
         found, mu = detect(batch, flips_N, max(1, epochs // 2), seed)
-        treated = arms(jnp.asarray(mu), jnp.asarray(flips_N), min(max(found["noise rate"], 0.01), 0.45))
+        treated = arms(jnp.asarray(mu), jnp.asarray(flips_N))
         flipped = [cure.with_flips(treatment, jnp.asarray(flips_N)) for treatment in treated.values()]
         stacked = Treatment(*(np.repeat(np.stack(part), MODELS, axis=0) for part in zip(*flipped, strict=True)))
         curves = accuracies(batch, test, stacked, list(treated), epochs, seed)

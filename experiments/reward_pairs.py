@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.results import say
+from experiments.reward_pilot import LEAST_RATE
 from lmlab.data.preferences import Pair
 from lmlab.evals.ranking import auc
 from lmlab.label_noise.config import LabelNoise
@@ -17,7 +18,7 @@ from lmlab.label_noise.features import word_features
 from lmlab.label_noise.read import read_file
 from lmlab.label_noise.scores import cross_fitted, head_differences, make_head, train_heads
 from lmlab.objectives import treatments as cure
-from lmlab.objectives.strength import fitted_scale, noise_rate
+from lmlab.objectives.strength import fit_noise, noise_rate
 from lmlab.objectives.treatments import Treatment
 
 FLIPS, MODELS, FIFTHS = 0.2, 5, 5
@@ -40,12 +41,13 @@ def _one_seed(features: np.ndarray, tests: np.ndarray, args: LabelNoise, seed: i
     none_N = np.zeros(len(features), bool)
     given, planted = cross_fitted(features, np.stack([none_N, flips_N]), args, rng)
     mu = jnp.asarray(planted.mean(axis=0))
-    rates = [float(noise_rate(jax.nn.sigmoid(jnp.asarray(scores.mean(axis=0))))) for scores in (given, planted)]
     found: dict[str, Any] = {
-        "auc": auc(-planted.mean(axis=0), flips_N), "agreement, as given": float(np.mean(given.mean(axis=0) > 0)),
-        "noise rate, as given": rates[0], "noise rate, planted": rates[1],
+        "auc": auc(-planted.mean(axis=0), flips_N), "agreement, as given": float(np.mean(given.mean(axis=0) > 0))
     }  # fmt: skip
-    treated = arms(mu, jnp.asarray(flips_N), min(max(rates[1], 0.01), 0.45))
+    for name, strength in {"as given": jnp.asarray(given.mean(axis=0)), "planted": mu}.items():
+        found[f"noise rate, {name}"] = float(fit_noise(strength)[1])
+        found[f"by confident learning, {name}"] = float(noise_rate(jax.nn.sigmoid(strength)))
+    treated = arms(mu, jnp.asarray(flips_N))
     flipped = [cure.with_flips(treatment, jnp.asarray(flips_N)) for treatment in treated.values()]
     stacked = Treatment(*(jnp.repeat(jnp.stack(part), MODELS, axis=0) for part in zip(*flipped, strict=True)))
     head = make_head(args.head, features.shape[-1])
@@ -55,15 +57,18 @@ def _one_seed(features: np.ndarray, tests: np.ndarray, args: LabelNoise, seed: i
     return found | {"accuracy": dict(zip(treated, right.reshape(-1, MODELS).mean(axis=1).tolist(), strict=True))}
 
 
-def arms(mu: jax.Array, flips_N: jax.Array, rate: float) -> dict[str, Treatment]:
+def arms(mu: jax.Array, flips_N: jax.Array) -> dict[str, Treatment]:
     """Treatments of labels some of which were flipped on purpose."""
+    scale, fitted = fit_noise(mu)
+    known, _ = fit_noise(mu, [FLIPS])
     return {
         "nothing": cure.as_given(mu),
         "without the planted flips": cure.flip(mu, flips_N),
         "flip lowest 20 %": cure.flip(mu, cure.lowest(mu, FLIPS)),
-        "flip lowest, estimated rate": cure.flip(mu, cure.lowest(mu, rate)),
+        "flip lowest, estimated rate": cure.flip(mu, cure.lowest(mu, float(fitted))),
         "drop lowest 20 %": cure.drop(mu, cure.lowest(mu, FLIPS)),
-        "posterior": cure.posterior(mu, rate, fitted_scale(mu, rate)),
+        "posterior": cure.posterior(mu, jnp.maximum(fitted, LEAST_RATE), scale),
+        "posterior, 20 %": cure.posterior(mu, FLIPS, known),
     }
 
 

@@ -16,7 +16,7 @@ from lmlab.evals.ranking import auc
 from lmlab.models.reward import mlp_head
 from lmlab.objectives import treatments as cure
 from lmlab.objectives.reward import reward_pairs, unbiased_targets
-from lmlab.objectives.strength import fitted_scale, noise_rate, out_of_fold, preference_strength
+from lmlab.objectives.strength import fit_noise, noise_rate, out_of_fold, preference_strength
 from lmlab.objectives.treatments import Treatment
 from lmlab.train.members import new_members, shuffled_rows, train_members
 from lmlab.train.step import Step, make_step
@@ -33,6 +33,8 @@ ALONE_RATES, ALONE_EPOCHS = (0.0, 0.2), 20
 """Of the models that see a tenth of the pairs alone."""
 MARKS = (1, 5, 10, 20, 40)
 """Epochs after which all is measured."""
+LEAST_RATE = 0.001
+"""An estimated rate of 0 counts as this."""
 STRENGTH_EPOCHS = 5
 """Epochs of the out-of-fold ensemble whose strength the cures are given."""
 HEAD = mlp_head(WIDTH, HIDDEN)
@@ -164,17 +166,18 @@ def _found(strength: Any, labelled_MN: np.ndarray, flips_N: np.ndarray, world: W
         "auc of one member": float(np.mean([auc(-row_N, flips_N) for row_N in labelled_MN])),
         "auc of clear pairs": auc(-mean_N[clear], flips_N[clear]),
         "below 0": float(np.mean(mean_N < 0)),
-        "noise rate": float(noise_rate(jax.nn.sigmoid(strength.mean_N))),
+        "noise rate": float(fit_noise(strength.mean_N)[1]),
+        "by confident learning": float(noise_rate(jax.nn.sigmoid(strength.mean_N))),
         "flips by tenth": [float(np.mean(flips_N[tenth])) for tenth in tenths],
         "std by tenth": [float(np.mean(std_N[tenth])) for tenth in tenths],
     }
 
 
-def arms(mu: Array, flips_N: np.ndarray, rate: float) -> dict[str, Treatment]:
-    """The treatments of given labels; rate: estimated from the pairs themselves."""
+def arms(mu: Array, flips_N: np.ndarray, scale: Array, rate: float) -> dict[str, Treatment]:
+    """The treatments of given labels; scale, rate: estimated from the pairs themselves."""
     below, given = mu < 0, cure.as_given(mu)
     margins_N = cure.margin(mu).margins_N
-    rate = min(max(rate, 0.01), 0.45)
+    rate = max(rate, LEAST_RATE)
     return {
         "nothing": given,
         "true labels": cure.flip(mu, jnp.asarray(flips_N)),
@@ -190,7 +193,7 @@ def arms(mu: Array, flips_N: np.ndarray, rate: float) -> dict[str, Treatment]:
         "smooth mu < 0 + margin": cure.smooth(mu, where="negative")._replace(margins_N=margins_N),
         "flip mu < 0 + margin": cure.flip(mu, below)._replace(margins_N=margins_N),
         "soft, s(mu)": cure.soft(mu),
-        "posterior": cure.posterior(mu, rate, fitted_scale(mu, rate)),
+        "posterior": cure.posterior(mu, rate, scale),
         "unbiased, estimated rate": given._replace(targets_N=unbiased_targets(given.targets_N, rate)),  # type: ignore[arg-type]
     }
 
@@ -202,8 +205,9 @@ def compare_cures(world: World, detected: dict[str, Any], epochs: int) -> dict[s
     for rate in CURED_RATES:
         name = f"{rate:g}"
         flips_N, mu = detected["flips"][name], jnp.asarray(detected["strength"][name])
-        estimated = float(noise_rate(jax.nn.sigmoid(mu)))
-        treated = {arm: cure.with_flips(t, jnp.asarray(flips_N)) for arm, t in arms(mu, flips_N, estimated).items()}
+        scale, fitted = fit_noise(mu)
+        given = arms(mu, flips_N, scale, float(fitted))
+        treated = {arm: cure.with_flips(treatment, jnp.asarray(flips_N)) for arm, treatment in given.items()}
         stacked = Treatment(
             *(np.repeat(np.stack(part), MODELS, axis=0) for part in zip(*treated.values(), strict=True))
         )

@@ -28,14 +28,17 @@ def pilot_tables(seeds: list[dict[str, Any]]) -> str:
             lines.append(f"{float(rate):<9.0%}{kind:13s}" + "".join(f"{cell:>24s}" for cell in cells))
     lines += [
         "",
-        "out-of-fold after 5 epochs: noise rate by confident learning, share of mu < 0, flips and std by tenth",
+        "out-of-fold after 5 epochs: most likely noise rate, that by confident learning, share of mu < 0, flips and std "
+        "by tenth",
     ]
     for rate in first:
         some = [seed["detection"][rate]["out-of-fold"]["5"] for seed in seeds]
         tenths = " ".join(f"{x:.2f}" for x in np.mean([x["flips by tenth"] for x in some], axis=0))
         stds = " ".join(f"{x:.2f}" for x in np.mean([x["std by tenth"] for x in some], axis=0))
-        rates, below = show([x["noise rate"] for x in some]), show([x["below 0"] for x in some])
-        lines.append(f"{float(rate):<9.0%}{rates:15s}{below:15s}{tenths}   {stds}")
+        shares = "".join(
+            f"{show([x[key] for x in some]):15s}" for key in ("noise rate", "by confident learning", "below 0")
+        )
+        lines.append(f"{float(rate):<9.0%}{shares}{tenths}   {stds}")
     lines += [
         "",
         "accuracy after training on one tenth of the pairs alone, lowest strength first; then on a tenth at random",

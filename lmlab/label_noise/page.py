@@ -18,7 +18,7 @@ from lmlab.report.plots import HELD_OUT, INK, STYLE, TRAIN
 WEAK = 0.75
 """An ensemble that ranks labels flipped on purpose below this is called weak."""
 ABOUT: dict[Kind, str] = {
-    "incorrect": "of lowest strength, as many as there are wrong labels by the estimate",
+    "incorrect": "of lowest strength, as many as the noise rate says",
     "ambiguous": "members disagree with one another, or are against the label",
     "normal": "all members are for the label",
 }
@@ -46,7 +46,7 @@ def caution(verdict: Verdict) -> str:
     found = f"Of labels flipped on purpose it finds: AUC {auc:.2f}; {precision:.0%} of as many suspects were such"
     if auc >= WEAK:
         return f"{said}{found}."
-    return f"{said}{found}. That is weak: the noise rate says more of the ensemble than of the labels. Do not flip."
+    return f"{said}{found}. That is weak: suspects are little better than a guess. Do not flip."
 
 
 def summary(found: Found, verdict: Verdict, args: LabelNoise, written: int) -> str:
@@ -56,7 +56,8 @@ def summary(found: Found, verdict: Verdict, args: LabelNoise, written: int) -> s
     lines = [
         f"{len(found.pairs):,} pairs{skipped}; {written:,} written, {DONE[args.treat]}",
         f"members that have not seen a label agree with {verdict.agreement:.1%} of them",
-        f"noise rate by confident learning {verdict.noise_rate:.1%}",
+        f"noise rate {verdict.noise_rate:.1%}, {'as given' if args.share else 'the most likely'}; "
+        f"by confident learning, which counts the ensemble's errors too, {verdict.confident:.1%}",
         *(f"  {kind:10s} {counts[kind]:7,}  {ABOUT[kind]}" for kind in KINDS),
         caution(verdict),
     ]
@@ -69,7 +70,8 @@ def render_page(found: Found, verdict: Verdict, args: LabelNoise, written: int) 
     tiles = [
         ("pairs", f"{len(found.pairs):,}"),
         *((f"left out: {reason}", f"{count:,}") for reason, count in found.skipped.items()),
-        ("estimated noise rate", f"{verdict.noise_rate:.1%}"),
+        ("noise rate, as given" if args.share else "most likely noise rate", f"{verdict.noise_rate:.1%}"),
+        ("noise rate by confident learning", f"{verdict.confident:.1%}"),
         ("labels that unseeing members agree with", f"{verdict.agreement:.1%}"),
         *((kind, f"{count:,}") for kind, count in counts.items()),
         ("pairs written", f"{written:,}"),

@@ -16,15 +16,15 @@ from lmlab.evals.ranking import auc
 from lmlab.label_noise.config import HeadConfig, LabelNoise
 from lmlab.models.reward import FeatureHead, linear_head, mlp_head
 from lmlab.objectives.reward import reward_pairs
-from lmlab.objectives.strength import fitted_scale, noise_rate, out_of_fold, preference_strength
+from lmlab.objectives.strength import RATES, fit_noise, noise_rate, out_of_fold, preference_strength
 from lmlab.objectives.treatments import Treatment, as_given, flip, lowest, posterior
 from lmlab.train.members import new_members, shuffled_rows, train_members
 from lmlab.train.step import make_step
 
 Kind = Literal["incorrect", "ambiguous", "normal"]
 KINDS: tuple[Kind, ...] = ("incorrect", "ambiguous", "normal")
-_LEAST, _MOST = 0.001, 0.45
-"""Noise rates are kept between these, so that targets are neither 0 nor 1 nor turned round."""
+_LEAST = 0.001
+"""A noise rate of 0 counts as this, so that no label is certain."""
 _SLICES = 20
 
 
@@ -42,6 +42,9 @@ class Verdict:
     ambiguous_N: np.ndarray
     """bool."""
     noise_rate: float
+    """The most likely one, or the one that was given."""
+    confident: float
+    """The same by confident learning, which counts errors of the ensemble too."""
     agreement: float
     """The share of labels that members agree with which have not seen them."""
     planted: dict[str, float]
@@ -61,15 +64,15 @@ def judge(features_N2D: np.ndarray, args: LabelNoise) -> Verdict:
     scores_LMN = cross_fitted(features_N2D, labels, args, rng)
     strength = preference_strength(jnp.asarray(scores_LMN[0]))
     mean_N = strength.mean_N
-    rate = float(noise_rate(jax.nn.sigmoid(mean_N)))
-    used = min(max(args.share or rate, _LEAST), _MOST)
-    target_N = posterior(mean_N, used, fitted_scale(mean_N, used)).targets_N
-    suspects_N = np.asarray(lowest(mean_N, args.share or rate) & (mean_N < 0))
+    scale, fitted = fit_noise(mean_N, [args.share] if args.share else RATES)
+    rate = args.share or float(fitted)
+    target_N = posterior(mean_N, max(rate, _LEAST), scale).targets_N
+    suspects_N = np.asarray(lowest(mean_N, rate) & (mean_N < 0))
     unsure_N = np.asarray((strength.vote_N < 1) | (mean_N <= 0))
     check = _planted(scores_LMN[1], planted_N) if len(labels) > 1 else {}
     return Verdict(
         np.asarray(mean_N), np.asarray(strength.std_N), np.asarray(strength.vote_N), np.asarray(target_N), suspects_N,
-        unsure_N & ~suspects_N, rate, float(jnp.mean(mean_N > 0)), check,
+        unsure_N & ~suspects_N, rate, float(noise_rate(jax.nn.sigmoid(mean_N))), float(jnp.mean(mean_N > 0)), check,
     )  # fmt: skip
 
 

@@ -4,12 +4,16 @@ Low strength means that the ensemble disagrees with the label. That is so of wro
 ones that it has not learnt: without an estimate of the noise rate it is no reason to flip anything.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lmlab.core.types import Array
+
+RATES = tuple(step / 100 for step in range(46))
+"""Noise rates that are tried."""
 
 
 class Strength(NamedTuple):
@@ -61,16 +65,20 @@ def noise_rate(probabilities_N: Array) -> Array:
     return jnp.where(counted > 0, jnp.sum(opposes_N) / jnp.maximum(counted, 1), 0.0)
 
 
-def fitted_scale(strength_N: Array, flips: Array | float) -> Array:
-    """The factor c [] under which the given labels are most probable: of (1 - e) s(c mu) + e s(-c mu).
+def fit_noise(strength_N: Array, rates: Sequence[float] = RATES) -> tuple[Array, Array]:
+    """(scale c, noise rate e), [] each, under which the given labels are most probable: (1 - e) s(c mu) + e s(-c mu).
 
-    By a search over powers of 2^(1/4), from 1/64 to 64. Members that are regularised, or averaged, give strengths that
-    are too small or too large to be read as log-odds. flips: e.
+    By a search over these rates and over powers of 2^(1/4) from 1/64 to 64. A wrong label is one that was turned round
+    whatever the pair; that pairs of little strength are often labelled against it is no noise, the scale explains it.
+    So the errors of a weak ensemble do not count as noise, as they do for `noise_rate`. strength_N: of pairs that the
+    members were not trained on. rates: one number where the rate is known.
     """
-    scales_C = jnp.exp2(jnp.linspace(-6.0, 6.0, 49))
+    scales_C, rates_E1 = jnp.exp2(jnp.linspace(-6.0, 6.0, 49)), jnp.asarray(rates, jnp.float32)[:, None]
 
     def fit(scale: Array) -> Array:
-        right_N = jax.nn.sigmoid(scale * strength_N)
-        return jnp.mean(jnp.log(jnp.maximum((1 - flips) * right_N + flips * (1 - right_N), 1e-30)))
+        right_1N = jax.nn.sigmoid(scale * strength_N)[None]
+        return jnp.mean(jnp.log(jnp.maximum((1 - rates_E1) * right_1N + rates_E1 * (1 - right_1N), 1e-30)), axis=1)
 
-    return scales_C[jnp.argmax(jax.lax.map(fit, scales_C))]
+    fits_CE = jax.lax.map(fit, scales_C)
+    best, column = jnp.unravel_index(jnp.argmax(fits_CE), fits_CE.shape)
+    return scales_C[best], rates_E1[column, 0]

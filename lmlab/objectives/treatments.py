@@ -53,7 +53,7 @@ def soft(strength_N: Array) -> Treatment:
 def posterior(strength_N: Array, flips: Array | float, scale: Array | float = 1.0) -> Treatment:
     """The target is P(label is right | mu, e) by Bayes' rule: (1 - e) s / ((1 - e) s + e (1 - s)), s = s(scale mu).
 
-    flips: e, the rate of wrong labels, which are as frequent among all pairs. scale: see `fitted_scale`.
+    flips: e, the rate of wrong labels, which are as frequent among all pairs. scale: see `fit_noise`.
     """
     log_odds_N = scale * strength_N.astype(jnp.float32) + jnp.log1p(-flips) - jnp.log(flips)
     return as_given(strength_N)._replace(targets_N=jax.nn.sigmoid(log_odds_N))

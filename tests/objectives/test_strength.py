@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lmlab.evals.ranking import auc
-from lmlab.objectives.strength import fitted_scale, noise_rate, out_of_fold, preference_strength
+from lmlab.objectives.strength import fit_noise, noise_rate, out_of_fold, preference_strength
 
 RNG = np.random.default_rng(0)
 SCORES = jnp.asarray(RNG.normal(size=(5, 20)), jnp.float32)
@@ -60,8 +60,22 @@ def test_the_scale_that_strengths_were_drawn_with_is_found(scale):
     mu = RNG.normal(size=50_000)
     truth = RNG.random(50_000) < 1 / (1 + np.exp(-scale * mu))
     given = truth ^ (RNG.random(50_000) < 0.2)
-    found = fitted_scale(jnp.asarray(np.where(given, mu, -mu), jnp.float32), 0.2)
-    assert abs(np.log2(found / scale)) <= 0.5
+    labelled = jnp.asarray(np.where(given, mu, -mu), jnp.float32)
+    known, rate = fit_noise(labelled, [0.2])
+    assert abs(np.log2(known / scale)) <= 0.25
+    assert rate == np.float32(0.2)
+    if scale >= 1:  # else there is no strength at which labels are all but certain, and no telling noise from doubt
+        found, rate = fit_noise(labelled)
+        assert abs(np.log2(found / scale)) <= 0.5
+        assert rate == pytest.approx(0.2, abs=0.03)
+
+
+def test_errors_of_a_weak_model_are_noise_to_confident_learning_alone():
+    # Labels are drawn from the model's own probabilities: nobody has turned any round.
+    mu = RNG.normal(size=20_000)
+    labelled = jnp.asarray(np.where(RNG.random(20_000) < 1 / (1 + np.exp(-mu)), mu, -mu), jnp.float32)
+    assert fit_noise(labelled)[1] <= 0.02
+    assert noise_rate(jax.nn.sigmoid(labelled)) > 0.15
 
 
 def test_the_area_under_the_curve_counts_pairs():
