@@ -28,8 +28,8 @@ def pilot_tables(seeds: list[dict[str, Any]]) -> str:
             lines.append(f"{float(rate):<9.0%}{kind:13s}" + "".join(f"{cell:>24s}" for cell in cells))
     lines += [
         "",
-        "out-of-fold after 5 epochs: most likely noise rate, that by confident learning, share of mu < 0, flips and std "
-        "by tenth",
+        "out-of-fold after 5 epochs: most likely noise rate, that by confident learning, share of mu < 0, flips by "
+        "tenth, std by tenth",
     ]
     for rate in first:
         some = [seed["detection"][rate]["out-of-fold"]["5"] for seed in seeds]

@@ -70,8 +70,9 @@ def fit_noise(strength_N: Array, rates: Sequence[float] = RATES) -> tuple[Array,
 
     By a search over these rates and over powers of 2^(1/4) from 1/64 to 64. A wrong label is one that was turned round
     whatever the pair; that pairs of little strength are often labelled against it is no noise, the scale explains it.
-    So the errors of a weak ensemble do not count as noise, as they do for `noise_rate`. strength_N: of pairs that the
-    members were not trained on. rates: one number where the rate is known.
+    So the errors of a weak ensemble do not count as noise, as they do for `noise_rate`; but where no label is all but
+    certain to the ensemble, noise and doubt look alike. strength_N: of pairs that the members were not trained on.
+    rates: one number where the rate is known.
     """
     scales_C, rates_E1 = jnp.exp2(jnp.linspace(-6.0, 6.0, 49)), jnp.asarray(rates, jnp.float32)[:, None]
 
