@@ -36,6 +36,9 @@ def test_the_python_examples_run_as_they_stand(capsys):
     names["SamplingConfig"] = partial(SamplingConfig, max_new_tokens=6)
     exec(compile(next(text for text in EXAMPLES if "multi_token_lm" in text), "README.md", "exec"), names)
     assert 3 <= names["drawn"].passes <= 6
+    exec(compile(next(text for text in EXAMPLES if "random_preferences" in text), "README.md", "exec"), names)
+    accuracy, margin = (float(value) for value in capsys.readouterr().out.split()[-2:])
+    assert (accuracy, margin) == (0.5, 0)
 
 
 def test_the_example_of_a_real_model_runs_on_a_tiny_one(tmp_path, monkeypatch, capsys):

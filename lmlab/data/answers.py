@@ -46,12 +46,17 @@ class PairRows:
         return self.order[self.row_starts[row] : self.row_starts[row + 1]]
 
 
-def lay_out_pairs(pairs: Sequence[EncodedPair], length: int, *, shared: bool = True) -> PairRows:
-    """Pairs in rows of `length` tokens: the longest first, each where it leaves the least room. Each fits a row."""
+def lay_out_pairs(
+    pairs: Sequence[EncodedPair], length: int, *, shared: bool = True, alone: bool = False
+) -> PairRows:  # fmt: skip
+    """Pairs in rows of `length` tokens: the longest first, each where it leaves the least room. Each fits a row.
+
+    alone: a row for every pair, in their order.
+    """
     copies = 1 if shared else 2
     answers = np.asarray([sum(map(len, pair.answers)) for pair in pairs])
     sizes = answers + copies * np.asarray([len(pair.prompt) for pair in pairs])
-    order, starts = best_fit(sizes, length)
+    order, starts = (np.arange(len(pairs)), np.arange(len(pairs) + 1)) if alone else best_fit(sizes, length)
     labels = np.add.reduceat(answers[order], starts[:-1]).max()
     return PairRows(
         pairs,

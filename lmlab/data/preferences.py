@@ -251,8 +251,9 @@ def _fit(pair: EncodedPair, config: PairsConfig, counts: dict[str, int]) -> Enco
         if config.too_long == "drop":
             counts["dropped_long"] += 1
             return None
-        first = min(sizes[0], max(room // 2, room - sizes[1]))
-        answers = pair.answers[0][:first], pair.answers[1][: room - first]
+        # Half of the room each, and what the shorter one leaves for the longer one.
+        limit = max(room // 2, room - min(sizes))
+        answers = pair.answers[0][:limit], pair.answers[1][:limit]
         counts["cut_answers"] += 1
         if np.array_equal(*answers):
             counts["dropped_long"] += 1

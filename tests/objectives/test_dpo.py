@@ -1,6 +1,5 @@
 """Objectives over pairs: layout, padding and cuts of the batch change nothing; the reference is a constant."""
 
-from dataclasses import replace
 from functools import partial
 
 import chex
@@ -135,17 +134,16 @@ def test_a_precomputed_reference_is_one_computed_beside():
 
 def test_padding_and_how_pairs_share_rows_change_nothing():
     objective, results = dpo(LM, after(per_token, sigmoid), 0.3, sft=0.2), []
-    for rows, batch_size in ((lay_out_pairs(PAIRS, 32), 0), (lay_out_pairs(PAIRS, 20), 14), (one_each(), 0)):
+    for rows, batch_size in (
+        (lay_out_pairs(PAIRS, 32), 0),
+        (lay_out_pairs(PAIRS, 20), 14),
+        (lay_out_pairs(PAIRS, 32, alone=True), 0),
+    ):
         rows = with_reference(rows, LM, lively(PARAMS, seed=2), batch_size=4)
         terms = objective(PARAMS, batch_of(rows, batch_size), KEY)
         results.append((terms.losses, terms.metrics))
     chex.assert_trees_all_close(results[1], results[0], rtol=2e-5, atol=1e-5)
     chex.assert_trees_all_close(results[2], results[0], rtol=2e-5, atol=1e-5)
-
-
-def one_each():
-    rows = lay_out_pairs(PAIRS, 32)
-    return replace(rows, order=np.arange(len(PAIRS)), row_starts=np.arange(len(PAIRS) + 1), per_row=1)
 
 
 def test_a_batch_of_no_pairs_teaches_nothing():
