@@ -25,7 +25,7 @@ ALLOWED = {
 }
 """What the modules of a package may import of lmlab besides their own package; all may read the version."""
 FREE = {
-    "adapters", "cli", "commands", "doctor", "evaluation", "finetune", "growing", "label_noise", "loading",
+    "adapters", "cli", "commands", "distillation", "doctor", "evaluation", "finetune", "growing", "label_noise", "loading",
     "multi_token", "ordering", "plan", "policy", "preference", "pretrain", "recipe", "reference", "runs", "talk",
     "training",
 }  # fmt: skip
