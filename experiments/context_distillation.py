@@ -58,7 +58,7 @@ class Options:
     """Of the numbers that are added, 1 to 4."""
     addition_pretraining: int = 1500
     """Steps in which the model learns to add with a scratch-pad."""
-    addition_steps: int = 800
+    addition_steps: int = 400
     """Of every arm of the addition; a multiple of 10."""
     labels: int = 2000
     """Sums to distil on, or to be told."""

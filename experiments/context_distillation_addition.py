@@ -26,8 +26,8 @@ LM = transformer(TransformerConfig(
 
 
 def digits_of(numbers: Array, count: int) -> Array:
-    """[..., count] decimal digits, the last one last."""
-    return (numbers[..., None] // 10 ** jnp.arange(count - 1, -1, -1)) % 10
+    """[N, count] decimal digits, the last one last."""
+    return (numbers[:, None] // 10 ** jnp.arange(count - 1, -1, -1)[None]) % 10
 
 
 def written(pairs: Array, digits: int) -> tuple[Array, Array, Array]:

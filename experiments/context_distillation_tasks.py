@@ -62,7 +62,7 @@ def permutations() -> np.ndarray:
 
 def instruction(task: Any) -> Any:
     """Tokens [..., BITS]: the number of the task in binary."""
-    return ONE + (task[..., None] >> np.arange(BITS)) % 2
+    return ONE + (task[..., None] >> np.arange(BITS).reshape(*(1,) * task.ndim, BITS)) % 2
 
 
 def held_out(inputs: Any) -> Any:
@@ -133,18 +133,19 @@ def asked(
     """Unlabelled inputs with the instruction of a task for the teacher. own: the context of the student."""
     return [
         Example(
-            f"input {i}", told(task), np.append(x, SEPARATOR).astype(np.int32), NOTHING, student_context=own(task)
+            f"input {i}", instruction_tokens(task), np.append(x, SEPARATOR).astype(np.int32), NOTHING,
+            student_context=own(task),
         )
         for i, (x, task) in enumerate(zip(inputs, tasks, strict=True))
     ]  # fmt: skip
 
 
-def told(task: int) -> np.ndarray:
+def instruction_tokens(task: int) -> np.ndarray:
     """The instruction of a task, int32 [BITS]."""
     return instruction(np.asarray(task)).astype(np.int32)
 
 
-def name(task: int) -> np.ndarray:
+def name_tokens(task: int) -> np.ndarray:
     """The name of a task, int32 [1]."""
     return np.asarray([NAMES + task], np.int32)
 
@@ -154,7 +155,7 @@ def generic(inputs: np.ndarray) -> list[Example]:
 
     Half of the data of prompt distillation are of this kind (arXiv 2112.00861, section 2.3).
     """
-    return asked(inputs, [i % TASKS for i in range(len(inputs))], told)
+    return asked(inputs, [i % TASKS for i in range(len(inputs))], instruction_tokens)
 
 
 SAMPLING = SamplingConfig(max_new_tokens=SIZE)
@@ -282,7 +283,7 @@ def several(base: Params, unlabelled: Sequence[np.ndarray], inputs: np.ndarray, 
         return jnp.stack([chances(params, instruction(jnp.asarray(i)), inputs, i)[0] for i in range(AT_ONCE)])
 
     def stage(arm: Arm, teacher: Params, tasks: Sequence[int], steps: int, half: bool) -> Params:
-        examples = [asked(x, [tasks[i % len(tasks)] for i in range(len(x))], name) + (generic(x) if half else [])
+        examples = [asked(x, [tasks[i % len(tasks)] for i in range(len(x))], name_tokens) + (generic(x) if half else [])
                     for x in unlabelled]  # fmt: skip
         pool = pools(answered(teacher, examples, teacher_answers), TEACHER_LENGTH, STUDENT_LENGTH)
         arm.begin({**teacher, TEACHER: teacher})

@@ -13,7 +13,9 @@ from experiments import context_distillation as experiment
 from experiments import context_distillation_addition as addition
 from experiments import context_distillation_tasks as tasks
 from lmlab.core.errors import UserError
+from lmlab.data.chat import ChatTemplate
 from lmlab.data.distillation import distillation_of, lay_out_examples
+from lmlab.data.tokenizers import byte_tokenizer
 from lmlab.distillation import (
     after,
     distinct,
@@ -24,6 +26,10 @@ from lmlab.distillation import (
     teacher_fingerprint,
 )
 from lmlab.inference.config import SamplingConfig
+from lmlab.interop.huggingface import save_pretrained
+from lmlab.interop.tokenizer_files import TokenizerFiles
+from lmlab.models.config import AttentionConfig, TransformerConfig
+from lmlab.models.transformer import transformer
 from lmlab.objectives.distill import TEACHER, distill
 from lmlab.testing.tiny import lively, random_examples, tiny_lm
 
@@ -31,7 +37,14 @@ LM = tiny_lm()
 KEY = jax.random.key(0)
 PARAMS = lively(LM.init(KEY))
 EXAMPLES = random_examples(5, contexts=1)
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
 GREEDY = SamplingConfig(max_new_tokens=6, temperature=0.0)
+
+
+next_best = jax.jit(lambda params, row: jnp.argmax(LM.logits(params, LM.apply(params, row)[0]), axis=-1))
 
 
 def greedy(prompt, count, end=None):
@@ -40,7 +53,7 @@ def greedy(prompt, count, end=None):
     for _ in range(count):
         # One shape for all lengths: what comes after does not matter.
         row = jnp.asarray([tokens + [0] * (31 - len(tokens))])
-        best = int(jnp.argmax(LM.logits(PARAMS, LM.apply(PARAMS, row)[0])[0, len(tokens) - 1]))
+        best = int(next_best(PARAMS, row)[0, len(tokens) - 1])
         tokens.append(best)
         if best == end:
             break
@@ -94,9 +107,10 @@ def test_a_share_of_the_answers_is_the_students():
 
 
 def test_inputs_that_return_are_left_out_and_counted():
-    kept, counts = distinct([*EXAMPLES, EXAMPLES[1], replace(EXAMPLES[2], context=np.asarray([1], np.int32))])
+    some = [replace(x, inputs=np.asarray([i], np.int32)) for i, x in enumerate(EXAMPLES)]
+    kept, counts = distinct([*some, some[1], replace(some[2], context=np.asarray([1], np.int32))])
     assert counts == {"kept": 6, "duplicates": 1}
-    assert [x.where for x in kept[:5]] == [x.where for x in EXAMPLES]
+    assert [x.where for x in kept[:5]] == [x.where for x in some]
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -107,7 +121,7 @@ def test_stored_predictions_of_all_tokens_teach_nearly_what_the_teacher_does(sha
     objective = distill(LM)
     count = rows.rows
     batches = [jax.tree.map(jnp.asarray, distillation_of(some, range(count), count)) for some in (rows, stored)]
-    loss = lambda params, batch: objective(params, batch, KEY).losses["divergence"].sum
+    loss = jax.jit(lambda params, batch: objective(params, batch, KEY).losses["divergence"].sum)
     live, slopes = jax.jit(jax.value_and_grad(loss))({**PARAMS, TEACHER: teacher}, batches[0])
     held, others = jax.jit(jax.value_and_grad(loss))(PARAMS, batches[1])
     slopes.pop(TEACHER)
@@ -177,6 +191,33 @@ def test_the_experiment_runs_and_writes_what_it_found(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "recovery" in out
     assert "chat: skipped" in out
+
+
+@pytest.fixture
+def chatting(tmp_path):
+    """A model that chats, and prompts for it."""
+    config = TransformerConfig(vocab_size=260, layers=1, width=16, max_length=256, attention=AttentionConfig(heads=2))
+    text = TokenizerFiles(byte_tokenizer(), ChatTemplate(TEMPLATE, {}), None)
+    save_pretrained(tmp_path / "model", config, transformer(config).init(KEY), text)
+    lines = [{"instruction": f"say {i}", "input": "", "output": f"{i} and {i}"} for i in range(20)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return ["--only", "chat", "--model", str(tmp_path / "model"), "--prompts", str(tmp_path / "prompts.jsonl"),
+            "--persona", "rude", "--out", str(tmp_path / "out")]  # fmt: skip
+
+
+def test_a_system_prompt_is_distilled_into_adapters_of_a_model_on_disk(chatting, tmp_path, capsys):
+    assert experiment.main([*chatting, "--smoke"]) == 0
+    found = json.loads((tmp_path / "out/results.json").read_text())["chat"]
+    assert found["counts"]["answered"] == 12
+    assert set(found["arms"]) == {"distilled, top 64", "control: no teacher"}
+    for arm in found["arms"].values():
+        assert np.isfinite([arm["nll"], arm["recovery"], arm["kl"], arm["drift"]]).all()
+        assert arm["nll"] != found["floor"]["nll"]
+        assert len(arm["texts"]) == 3
+    assert not (tmp_path / "out/context_distillation.svg").exists()
+    assert "recovery" in capsys.readouterr().out
+    assert experiment.main([*chatting, "--chat-prompts", "80"]) == 2
+    assert "--prompts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -182,10 +182,9 @@ class _Side:
         if (after != self.labels)[self.answers != 0].any():
             raise AssertionError("a label does not stand after the place that predicts it")
         branches = self.branches if self.has_branches else None
-        # NumPy stands in for jax.Array until the batch is placed on a device.
-        fields: Any = (self.tokens, self.segments, self.positions, branches, self.labels, self.places, self.answers,
-                       self.ends)  # fmt: skip
-        return AnswerBatch(*fields)
+        read: Any = (self.tokens, self.segments, self.positions, branches)
+        scored: Any = (self.labels, self.places, self.answers, self.ends)
+        return AnswerBatch(*read, *scored)
 
 
 def distillation_of(rows: DistillationRows, numbers: Sequence[int], batch_size: int) -> Distillation:

@@ -43,8 +43,9 @@ class LabelNoise:
     out: str = ""
     """Folder for cleaned.jsonl (.gz as the input), strength.jsonl and report.html; empty: runs/NAME-label-noise."""
     treat: Literal["soft", "weight", "flip", "drop", "none"] = "soft"
-    """What is done. soft: every pair gets "target", the probability that its label is right; weight: suspects get it as
-    their "weight"; flip: chosen and rejected of suspects change places; drop: suspects are left out; none: a copy."""
+    """What is done. soft: every pair gets "target", the probability that its label is right, which training reads;
+    weight: suspects get it as their "weight"; flip: chosen and rejected of suspects change places; drop: suspects are
+    left out; none: a copy."""
     share: float = 0.0
     """The share of wrong labels, where it is known; 0: it is estimated. So many pairs of lowest strength are suspects,
     if it is below 0."""
