@@ -1,6 +1,6 @@
 """Planted flips in pairs of digit strings, found and cured by reward models that are transformers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -84,6 +84,7 @@ OBJECTIVES = {
     ),
 }
 """Without and with a contrastive term, in the settings of the paper."""
+CONTRASTS = tuple(name for name in OBJECTIVES if name)
 
 
 def init(key: Key) -> Params:
@@ -164,7 +165,7 @@ def accuracies(
     return curves
 
 
-def run_digits(seeds: int, pairs: int, epochs: int) -> list[dict[str, Any]]:
+def run_digits(seeds: int, pairs: int, epochs: int, contrasts: Sequence[str] = CONTRASTS) -> list[dict[str, Any]]:
     """Detection, and clean accuracy of each arm after every epoch, for every seed."""
     result = []
     for seed in range(seeds):
@@ -177,7 +178,7 @@ def run_digits(seeds: int, pairs: int, epochs: int) -> list[dict[str, Any]]:
         flipped = [cure.with_flips(treatment, jnp.asarray(flips_N)) for treatment in treated.values()]
         stacked = Treatment(*(np.repeat(np.stack(part), MODELS, axis=0) for part in zip(*flipped, strict=True)))
         curves = accuracies(batch, test, stacked, list(treated), epochs, seed)
-        for contrast in [name for name in OBJECTIVES if name]:
+        for contrast in contrasts:
             nothing = jax.tree.map(lambda x: x[:MODELS], stacked)
             curves |= accuracies(batch, test, nothing, [contrast], epochs, seed, contrast)
         result.append({"detection": found, "accuracy": curves})

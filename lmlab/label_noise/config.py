@@ -57,7 +57,8 @@ class LabelNoise:
     rounds: int = 10
     """Times that the pairs are dealt to folds: as many members judge each pair."""
     planted: float = 0.2
-    """Share of labels that is flipped on purpose, in a second ensemble, to tell how many of them it finds; 0: none."""
+    """Share of labels that is flipped on purpose, in a second ensemble, to tell how many of them it finds; 0: none. As
+    that one learns from more wrong labels, it finds fewer."""
     dimensions: int = 2048
     """Of the vectors of words."""
     length: int = 512
