@@ -16,7 +16,7 @@ from lmlab.recipe import load_recipe
 
 def usage() -> str:
     """What `lmlab --help` prints."""
-    lines = [f"  {name:10s} {(kind.__doc__ or '').splitlines()[0]}" for name, (kind, _) in COMMANDS.items()]
+    lines = [f"  {name:11s} {(kind.__doc__ or '').splitlines()[0]}" for name, (kind, _) in COMMANDS.items()]
     return "\n".join(
         ["usage: lmlab COMMAND ...", "", "Language-model research in JAX as pure functions that compose.", "",
          "commands:", *lines, "", "lmlab COMMAND --help tells its options; lmlab run RECIPE --help those of a recipe."]

@@ -12,6 +12,8 @@ import tyro
 
 from lmlab.core.errors import check
 from lmlab.inference.config import SamplingConfig, Verify
+from lmlab.label_noise.command import label_noise
+from lmlab.label_noise.config import LabelNoise
 from lmlab.models.config import GrowthConfig
 from lmlab.ordering import Order, order
 from lmlab.recipe import RUNS, Grown, MultiToken, Pretrain, load_recipe
@@ -225,18 +227,14 @@ def generate(args: Generate) -> int:
 
 def evaluate(args: Eval) -> int:
     """Print values and what stands beside them."""
+    from lmlab.evaluation import evaluate_run, evaluate_tasks, evaluate_texts
+
     values: dict[str, float] = {}
     if args.tasks:
-        from lmlab.evaluation import evaluate_tasks
-
         values |= evaluate_tasks(Path(args.model), args.tasks, args.limit, args.dtype)
     if args.texts:
-        from lmlab.evaluation import evaluate_texts
-
         values |= evaluate_texts(Path(args.model), args.texts, args.dtype)
     if not args.tasks and not args.texts:
-        from lmlab.evaluation import evaluate_run
-
         values |= evaluate_run(Path(args.model))
     for name, value in values.items():
         print(f"{name:24s} {value:.4f}")
@@ -295,6 +293,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "convert": (Convert, convert),
     "report": (Report, report),
     "order": (Order, order),
+    "label-noise": (LabelNoise, label_noise),
     "plan": (Plan, plan),
     "doctor": (Doctor, doctor),
 }

@@ -60,7 +60,8 @@ def store(folder: Path, data: PairData) -> PairData:
 def read_stored(folder: Path, data: PairData) -> PairData:
     """The same from the run folder. Raises `UserError` where it holds none, or that of other pairs or tokens."""
     try:
-        with np.load(folder / STORED) as found:
+        # A file that is torn is closed too.
+        with (folder / STORED).open("rb") as file, np.load(file) as found:
             arrays = {name: found[name] for name in ("train", "heldout", "key")}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError("run folder", str(folder / STORED), f"the log-probabilities of the reference ({error})",

@@ -7,7 +7,7 @@ from typing import TypeAlias
 import jax.numpy as jnp
 from flax import struct
 
-from lmlab.core.types import Array, Ratio
+from lmlab.core.types import AnswerBatch, Array, Ratio
 
 Rule: TypeAlias = Callable[[Array, Array], Array]
 """`rule(query_positions, key_positions) -> bool`, on arrays that broadcast against each other."""
@@ -63,6 +63,15 @@ def self_attention_mask(
         prefix_B=prefix_B, allowed_BTS=allowed_BTS, causal=causal, window=window, rule=rule,
         ordered=causal and prefix_B is None,
     )  # fmt: skip
+
+
+def answers_mask(batch: AnswerBatch, window: int | None = None) -> AttentionMask | None:
+    """The mask of rows in which answers share a prompt and do not see each other; None: the usual one does."""
+    if batch.branches_BT is None:
+        return None
+    query_BT1, key_B1T = batch.branches_BT[:, :, None], batch.branches_BT[:, None, :]
+    allowed_BTS = (key_B1T == 0) | (key_B1T == query_BT1)
+    return self_attention_mask(batch.positions_BT, batch.segments_BT, window=window or None, allowed_BTS=allowed_BTS)
 
 
 def dense_mask(mask: AttentionMask) -> Array:

@@ -14,7 +14,8 @@ class PairsConfig:
 
     A line has "chosen" and "rejected": texts, messages [{"role", "content"}, ...], or whole dialogues of Human and
     Assistant as in Anthropic's HH; with a "prompt" (or "instruction" and "input"; or "messages" or "conversation"), or
-    with what both have in common as the prompt. "weight" and "margin" may stand beside.
+    with what both have in common as the prompt. "weight", "margin" and "target", the probability that the label is
+    right, may stand beside.
     """
 
     train: str

@@ -18,6 +18,7 @@ from lmlab.data.tokenizers import TextTokenizer
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 """What begins a turn in the dialogues of Anthropic's HH."""
 _CONTEXTS = ("prompt", "messages", "conversation", "conversations", "instruction")
+_NUMBERS = {"weight": 1.0, "margin": 0.0, "target": 1.0}
 _DROPPED = ("dropped_equal", "dropped_long", "dropped_invalid")
 _LOSSES = ("cut_prompts", "cut_answers", *_DROPPED)
 
@@ -34,6 +35,8 @@ class Pair:
     rejected: str
     weight: float = 1.0
     margin: float = 0.0
+    target: float = 1.0
+    """The probability that the label is right."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def read_pair(record: object, where: str) -> Pair:
     """The pair of a record of any of the shapes that `PairsConfig` names; answers may still be equal.
 
     Raises:
-        UserError: another shape, an empty answer, a weight or margin out of range; `where` is named.
+        UserError: another shape, an empty answer, a weight, margin or target out of range; `where` is named.
     """
     if not isinstance(record, dict):
         raise _wrong(where, f"a JSON object, not {type(record).__name__}")
@@ -71,8 +74,8 @@ def read_pair(record: object, where: str) -> Pair:
     for name, answer in zip(("chosen", "rejected"), answers, strict=True):
         if not answer.strip():
             raise _wrong(where, f"an answer that is not empty in {name}")
-    return Pair(where, prompt, answers[0], answers[1], _number(record, "weight", 1.0, where),
-                _number(record, "margin", 0.0, where))  # fmt: skip
+    numbers = (_number(record, name, default, where) for name, default in _NUMBERS.items())
+    return Pair(where, prompt, answers[0], answers[1], *numbers)
 
 
 def prompt_key(record: object) -> str:
@@ -129,6 +132,8 @@ def _number(record: Mapping[str, Any], name: str, default: float, where: str) ->
         raise _wrong(where, f"a number as {name}, not {value!r}")
     if name == "weight" and value < 0:
         raise _wrong(where, f"a weight of 0 or more, not {value}")
+    if name == "target" and not 0 <= value <= 1:
+        raise _wrong(where, f"a target between 0 and 1, not {value}")
     return float(value)
 
 
@@ -206,7 +211,7 @@ def _encode(pair: Pair, tokenizer: TextTokenizer, template: ChatTemplate | None,
         )
     if not len(prompt):
         raise _wrong(pair.where, "a prompt of at least one token")
-    return EncodedPair(pair.where, prompt, answers, pair.weight, pair.margin)
+    return EncodedPair(pair.where, prompt, answers, pair.weight, pair.margin, pair.target)
 
 
 def _encode_answer(

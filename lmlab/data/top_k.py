@@ -53,7 +53,8 @@ class StoredTeacher:
 def load_stored(path: Path, fingerprint: str) -> StoredTeacher:
     """Stored predictions of the teacher and examples with this fingerprint. Raises `UserError` for any others."""
     try:
-        with np.load(path) as found:
+        # A file that is torn is closed too.
+        with path.open("rb") as file, np.load(file) as found:
             stored = StoredTeacher(
                 found["offsets"], found["logprobs"].view(ml_dtypes.bfloat16), found["ids"],
                 float(found["temperature"]), str(found["fingerprint"]),

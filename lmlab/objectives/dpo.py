@@ -56,6 +56,8 @@ def dpo(
 ) -> Objective:  # fmt: skip
     """Objective: the mean over pairs of `loss(scores, beta)`, of `Preferences` (arXiv 2305.18290, equation 7).
 
+    Of a pair with a target below 1 it is the expected loss, see `expected_loss`.
+
     Args:
         lm: the policy.
         loss: one of `pair_losses`.
@@ -81,12 +83,22 @@ def dpo(
         scores = PairScores(*_pairs(sums_BS), *_pairs(held_BS), *_pairs(answer_lengths(answers)))
         chosen_BP = _pairs(sum_by_answer(logprobs_BA, answers))[0]
         nll = Ratio(-masked_sum(chosen_BP, weights_BP), masked_sum(scores.chosen_length, weights_BP))
-        losses = {"preference": masked_ratio(loss(scores, beta), weights_BP)} | ({"sft": nll} if sft else {})
+        loss_BP = expected_loss(loss, scores, beta, batch.targets_BP)
+        losses = {"preference": masked_ratio(loss_BP, weights_BP)} | ({"sft": nll} if sft else {})
         metrics = {name: masked_ratio(value, weights_BP) for name, value in pair_metrics(scores, beta).items()}
         metrics = jax.lax.stop_gradient(metrics | {"nll/chosen": nll})
         return Terms(losses, {name: sft if name == "sft" else 1.0 for name in losses}, metrics)
 
     return objective
+
+
+def expected_loss(loss: PairLoss, scores: PairScores, beta: float, targets: Array) -> Array:
+    """The loss of every pair, and that of its answers the other way round, by the probability that each is right."""
+    turned = PairScores(
+        scores.rejected, scores.chosen, scores.rejected_reference, scores.chosen_reference, scores.rejected_length,
+        scores.chosen_length,
+    )  # fmt: skip
+    return targets * loss(scores, beta) + (1 - targets) * loss(turned, beta)
 
 
 def reference_sums(reference: Reference, params: Params, batch: Preferences, tail: float) -> Array:

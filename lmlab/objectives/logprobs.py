@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lmlab.core.masking import self_attention_mask
+from lmlab.core.masking import answers_mask
 from lmlab.core.sharding import sum_over_tokens
 from lmlab.core.types import AnswerBatch, Array, Params
 from lmlab.models.lm import LM
@@ -82,13 +82,7 @@ chunked_logprobs.defvjp(_forward, _backward)
 
 def read_answers(lm: LM, params: Params, batch: AnswerBatch) -> Array:
     """Hidden states [B, T, D] of rows with answers."""
-    mask = None
-    if batch.branches_BT is not None:
-        query_BT1, key_B1T = batch.branches_BT[:, :, None], batch.branches_BT[:, None, :]
-        mask = self_attention_mask(
-            batch.positions_BT, batch.segments_BT, window=lm.config.attention.window or None,
-            allowed_BTS=(key_B1T == 0) | (key_B1T == query_BT1),
-        )  # fmt: skip
+    mask = answers_mask(batch, lm.config.attention.window)
     return lm.apply(
         params, batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT, mask=mask
     )[0]  # fmt: skip

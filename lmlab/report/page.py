@@ -6,7 +6,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from lmlab.core.errors import UserError
@@ -21,17 +21,13 @@ def write_report(folder: Path) -> Path:
     rows = read_metrics(folder)
     plots = write_plots(folder, rows)
     config, scores = _optional(folder / "config.json"), _optional(folder / "baselines.json")
-    loader = PackageLoader("lmlab.report", ".")
-    template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True).get_template(
-        "page.html.jinja"
-    )
     steps = (config.get("train") or {}).get("steps")
-    page = template.render(
+    page = page_template("page.html.jinja").render(
         name=folder.resolve().name,
         status=_status(rows, steps),
         tiles=_tiles(rows, scores),
         bars=_bars(scores),
-        plots=[(plot.title, Markup(_inline(plots[plot.name], plot.name))) for plot in PLOTS if plot.name in plots],
+        plots=[(plot.title, Markup(inline_svg(plots[plot.name], plot.name))) for plot in PLOTS if plot.name in plots],
         samples=_samples(folder),
         operations=_operations(folder),
         config=_flatten(config),
@@ -44,6 +40,12 @@ def write_report(folder: Path) -> Path:
     except OSError as error:
         raise UserError("run folder", str(folder), f"room to write {REPORT} ({error.strerror})") from error
     return target
+
+
+def page_template(name: str) -> Template:
+    """A template of this folder. What is put in is escaped, and what is not put in is an error."""
+    loader = PackageLoader("lmlab.report", ".")
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True).get_template(name)
 
 
 def _optional(path: Path) -> dict[str, Any]:
@@ -89,7 +91,7 @@ def _bars(scores: Mapping[str, float]) -> list[tuple[str, str, float]]:
     return [(name, f"{value:.3f}", 100 * value / longest) for name, value in ordered]
 
 
-def _inline(svg: str, name: str) -> str:
+def inline_svg(svg: str, name: str) -> str:
     """The <svg> element alone, with ids of its own (several figures share the page) and the colours of the page."""
     body = svg[svg.index("<svg") :]
     start, end = body.find("<metadata"), body.find("</metadata>")

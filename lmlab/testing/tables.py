@@ -17,12 +17,14 @@ from lmlab.models.config import AttentionConfig, ExecutionConfig, MLPConfig, Rot
 from lmlab.models.heads import multi_token_lm
 from lmlab.models.heads_config import MultiTokenConfig
 from lmlab.models.lm import LM
+from lmlab.models.reward import reward_model
 from lmlab.objectives.distill import TEACHER, distill
 from lmlab.objectives.divergence import jensen_shannon
 from lmlab.objectives.dpo import dpo
 from lmlab.objectives.multi_token import multi_token
 from lmlab.objectives.next_token import next_token
 from lmlab.objectives.pair_losses import sigmoid
+from lmlab.objectives.reward import reward_pairs
 from lmlab.optim.chain import build_optimizer
 from lmlab.optim.config import GaloreConfig, OptimConfig, ScheduleConfig
 from lmlab.optim.ldadam import scale_by_ldadam
@@ -111,6 +113,11 @@ OBJECTIVES: dict[str, ObjectiveCase] = {
     "next_token_z_loss": ObjectiveCase(lambda lm: next_token(lm, chunk=100, z_loss=1e-2)),
     "multi_token": _several_heads("parallel"),
     "multi_token_sequential": _several_heads("sequential"),
+    "reward": ObjectiveCase(
+        lambda lm: reward_pairs(reward_model(lm, "normal").rewards, center=0.1),
+        random_preferences,
+        lambda lm: replace(lm, init=reward_model(lm, "normal").init, axes=reward_model(lm, "normal").axes),
+    ),
     "distill": ObjectiveCase(lambda lm: distill(lm, chunk=3), random_distillation, _with_teacher),
     "distill_top_k": ObjectiveCase(
         lambda lm: distill(lm, jensen_shannon(0.3), temperature=1.5, chunk=100), partial(random_distillation, k=3)

@@ -9,6 +9,7 @@ import pytest
 from lmlab.core.errors import UserError
 from lmlab.data.distillation import (
     Example,
+    _Side,
     distillation_of,
     distillation_stream,
     fitting,
@@ -72,10 +73,12 @@ def test_both_sides_read_their_own_and_predict_the_same(shared, per_row):
 
 
 def test_a_label_in_the_wrong_place_is_noticed():
-    rows = lay_out_examples(EXAMPLES[:1], 32, 24)
-    moved = replace(rows, examples=[replace(EXAMPLES[0], answer=np.asarray([1.5]))])
+    side = _Side(lay_out_examples(EXAMPLES[:1], 32, 24), 1, 32, branches=False)
+    side.answer(0, 0, slice(0, 2), IDS(4, 5), side.write(0, 3, IDS(4, 5), 1, 3, 0))
+    side.batch()
+    side.places += 1
     with pytest.raises(AssertionError, match="does not stand"):
-        distillation_of(moved, [0], 1)
+        side.batch()
 
 
 @pytest.mark.parametrize(

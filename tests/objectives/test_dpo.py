@@ -154,6 +154,15 @@ def test_a_batch_of_no_pairs_teaches_nothing():
     chex.assert_trees_all_equal(slopes, jax.tree.map(jnp.zeros_like, slopes))
 
 
+@pytest.mark.parametrize("q", [1.0, 0.8, 0.0])
+def test_a_target_is_the_probability_that_the_label_is_right(q):
+    batch = random_preferences()
+    soft = batch.replace(targets_BP=jnp.full_like(batch.targets_BP, q))
+    found = value(dpo(LM, sigmoid, 0.3), PARAMS, soft)
+    smoothed = value(dpo(LM, partial(sigmoid, smoothing=1 - q), 0.3), PARAMS, batch)
+    assert float(found) == pytest.approx(float(smoothed), rel=1e-6)
+
+
 def test_losses_without_a_reference_need_none():
     batch = random_preferences().replace(reference_BS=None)
     objective = dpo(LM, partial(simpo, gamma=0.5), 2.0, reference=no_reference)
