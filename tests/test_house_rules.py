@@ -25,9 +25,9 @@ ALLOWED = {
 }
 """What the modules of a package may import of lmlab besides their own package; all may read the version."""
 FREE = {
-    "adapters", "cli", "commands", "doctor", "evaluation", "finetune", "growing", "label_noise", "loading",
-    "multi_token", "ordering", "plan", "policy", "preference", "pretrain", "recipe", "reference", "runs", "talk",
-    "training",
+    "adapters", "cli", "commands", "distillation", "doctor", "evaluation", "finetune", "growing", "label_noise",
+    "loading", "multi_token", "ordering", "plan", "policy", "preference", "pretrain", "recipe", "reference", "runs",
+    "talk", "training",
 }  # fmt: skip
 """Modules that put the parts together, and import any of them; nothing but `testing` and they import them."""
 LIGHT = re.compile(r"^lmlab(\.cli|\.commands|\.recipe|\.core\.errors|\.core\.serialize|(\.\w+)*\.config)$")

@@ -75,6 +75,29 @@ class Preferences:
 
 
 @struct.dataclass
+class TopK:
+    """What a teacher says of places that were looked at before: k tokens, and all others together."""
+
+    logprobs_BAK: Array
+    """[B, A, k + 1] log-probabilities of the tokens `ids`, best first, and of all others together."""
+    ids_BAK: Array
+    """int32 [B, A, k]."""
+
+
+@struct.dataclass
+class Distillation:
+    """Answers as a student reads them and as a teacher does, after other tokens; label [b, a] is the same in both."""
+
+    student: AnswerBatch
+    teacher: AnswerBatch | None
+    """None where `stored` is there."""
+    stored: TopK | None
+    """The teacher's predictions of the labels, where they were made before."""
+    weights_BA: Array
+    """float32, how much the label counts; 0 where there is none."""
+
+
+@struct.dataclass
 class Ratio:
     """A quantity that is a quotient of two sums, so that it can be added up over devices and batches."""
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import optax
@@ -17,6 +18,8 @@ from lmlab.models.heads import multi_token_lm
 from lmlab.models.heads_config import MultiTokenConfig
 from lmlab.models.lm import LM
 from lmlab.models.reward import reward_model
+from lmlab.objectives.distill import TEACHER, distill
+from lmlab.objectives.divergence import jensen_shannon
 from lmlab.objectives.dpo import dpo
 from lmlab.objectives.multi_token import multi_token
 from lmlab.objectives.next_token import next_token
@@ -27,7 +30,9 @@ from lmlab.optim.config import GaloreConfig, OptimConfig, ScheduleConfig
 from lmlab.optim.ldadam import scale_by_ldadam
 from lmlab.optim.matrices import by_axes
 from lmlab.testing.tiny import (
+    lively,
     random_batch,
+    random_distillation,
     random_preferences,
     tiny_cache,
     tiny_lm,
@@ -97,6 +102,12 @@ def _several_heads(chain: Any) -> ObjectiveCase:
     )  # fmt: skip
 
 
+def _with_teacher(lm: LM) -> LM:
+    """The test's model with a teacher beside it."""
+    init = lambda key: {**(params := lm.init(key)), TEACHER: lively(params)}
+    return replace(lm, init=init, axes={**lm.axes, TEACHER: lm.axes})
+
+
 OBJECTIVES: dict[str, ObjectiveCase] = {
     "next_token": ObjectiveCase(lambda lm: next_token(lm, chunk=3)),
     "next_token_z_loss": ObjectiveCase(lambda lm: next_token(lm, chunk=100, z_loss=1e-2)),
@@ -106,6 +117,10 @@ OBJECTIVES: dict[str, ObjectiveCase] = {
         lambda lm: reward_pairs(reward_model(lm, "normal").rewards, center=0.1),
         random_preferences,
         lambda lm: replace(lm, init=reward_model(lm, "normal").init, axes=reward_model(lm, "normal").axes),
+    ),
+    "distill": ObjectiveCase(lambda lm: distill(lm, chunk=3), random_distillation, _with_teacher),
+    "distill_top_k": ObjectiveCase(
+        lambda lm: distill(lm, jensen_shannon(0.3), temperature=1.5, chunk=100), partial(random_distillation, k=3)
     ),
     "dpo": ObjectiveCase(lambda lm: dpo(lm, sigmoid, 0.5, sft=0.1, tail=0.5, chunk=3), random_preferences),
 }

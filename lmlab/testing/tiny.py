@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmlab.core.types import Array, Params, Preferences, TokenBatch
+from lmlab.core.types import Array, Distillation, Params, Preferences, TokenBatch
 from lmlab.data.answers import lay_out_pairs, preferences_of
 from lmlab.data.cache import TokenCache
+from lmlab.data.distillation import Example, distillation_of, lay_out_examples
 from lmlab.data.preferences import EncodedPair
 from lmlab.models.config import (
     AttentionConfig,
@@ -25,6 +26,7 @@ from lmlab.models.heads_config import MultiTokenConfig
 from lmlab.models.lm import LM, MultiTokenLM
 from lmlab.models.tokenformer import tokenformer
 from lmlab.models.transformer import transformer
+from lmlab.objectives.divergence import top_k
 
 VOCAB = 7
 
@@ -109,6 +111,32 @@ def random_preferences(
     reference = -np.random.default_rng(seed).exponential(3.0, (len(made.pairs), 2)).astype(np.float32)
     batch = preferences_of(replace(made, reference_N2=reference), range(rows), rows)
     return jax.tree.map(jnp.asarray, batch)
+
+
+def random_examples(
+    count: int, seed: int = 0, vocab: int = VOCAB, contexts: int = 2, longest: int = 4
+) -> list[Example]:  # fmt: skip
+    """Examples of random tokens after one of some contexts of 3 tokens; the parts have up to `longest` tokens each."""
+    rng = np.random.default_rng(seed)
+    draw = lambda least: rng.integers(0, vocab, rng.integers(least, longest + 1)).astype(np.int32)
+    before = rng.integers(0, vocab, (contexts, 3)).astype(np.int32)
+    weights = rng.choice([0.5, 1.0, 2.0], count)
+    return [Example(f"example {i}", before[i % contexts], draw(1), draw(1), draw(0), draw(0), float(weights[i]))
+            for i in range(count)]  # fmt: skip
+
+
+def random_distillation(
+    rows: int = 4, seed: int = 0, vocab: int = VOCAB, k: int = 0
+) -> Distillation:  # fmt: skip
+    """Rows of two examples or one each after a context of the row. k: the teacher's k best tokens are stored."""
+    examples = random_examples(2 * rows - 1, seed, vocab, contexts=1, longest=3)
+    made = lay_out_examples(examples, 24, 24, per_row=2)
+    # Shapes are the same for all seeds.
+    batch = jax.tree.map(jnp.asarray, distillation_of(replace(made, labels=8), range(rows), rows))
+    if not k:
+        return batch
+    logits = 2 * jax.random.normal(jax.random.key(seed), (*batch.weights_BA.shape, vocab))
+    return batch.replace(teacher=None, stored=top_k(logits, k))
 
 
 def tiny_cache(name: str = "tiny", documents: int = 30, seed: int = 0, longest: int = 40) -> TokenCache:
