@@ -56,7 +56,7 @@ class Options:
     """Inputs, and sums, to look at."""
     digits: int = 3
     """Of the numbers that are added, 1 to 4."""
-    addition_pretraining: int = 1500
+    addition_pretraining: int = 1200
     """Steps in which the model learns to add with a scratch-pad."""
     addition_steps: int = 400
     """Of every arm of the addition; a multiple of 10."""

@@ -19,10 +19,16 @@ from lmlab.objectives.next_token import next_token
 
 PLUS, EQUALS, WORK, ANSWER = 10, 11, 12, 13
 """Tokens after the ten digits. WORK is the context that asks for a scratch-pad, which ends in ANSWER."""
-LENGTH = 32
 LM = transformer(TransformerConfig(
-    vocab_size=14, layers=3, width=64, max_length=LENGTH, positions="learned", attention=AttentionConfig(heads=4),
+    vocab_size=14, layers=2, width=64, max_length=32, positions="learned", attention=AttentionConfig(heads=4),
 ))  # fmt: skip
+ROWS = 32
+"""Sums of a batch, while distilling."""
+
+
+def lengths(digits: int) -> tuple[int, int]:
+    """Tokens of a sum for the teacher and for the student."""
+    return 5 * digits + 5, 3 * digits + 3
 
 
 def digits_of(numbers: Array, count: int) -> Array:
@@ -88,7 +94,7 @@ def run_addition(
     taught, counts = _taught(base, questions(known, digits, False), digits, seeds)
     result: dict[str, Any] = {"digits": digits, "labels": labels, "teacher": _worked(base, test, digits, seeds),
                               "dropped": counts, "arms": {}}  # fmt: skip
-    labelled = pools([questions(known, digits, True)] * seeds, LENGTH, LENGTH)
+    labelled = pools([questions(known, digits, True)] * seeds, *lengths(digits))
     both = {**base, TEACHER: base}
     for name, objective, start, pool in (
         ("distilled, soft", distill(LM), both, taught),
@@ -98,7 +104,7 @@ def run_addition(
         ("control: scratch-pads of other sums", distill(LM), both, _other_work(taught)),
     ):
         say(f"addition: {name}")
-        arm = Arm(LM, objective, start, steps, 64, 1e-3)
+        arm = Arm(LM, objective, start, steps, ROWS, 1e-3)
         result["arms"][name] = curves_of(arm, pool, steps, steps // looks, score)[1]
     result["steps"] = list(range(0, steps + 1, steps // looks))
     return result
@@ -110,7 +116,7 @@ def _taught(base: Params, examples: list[Example], digits: int, seeds: int) -> t
     found = [teacher_answers(LM, member(base, s), examples, jax.random.key(s), config, extract=after(ANSWER), rows=512)
              for s in range(seeds)]  # fmt: skip
     whole = [[x for x in some if len(x.answer) == digits + 1] for some, _ in found]
-    return pools(whole, LENGTH, LENGTH), [len(examples) - len(some) for some in whole]
+    return pools(whole, *lengths(digits)), [len(examples) - len(some) for some in whole]
 
 
 def _worked(base: Params, test: np.ndarray, digits: int, seeds: int) -> list[float]:

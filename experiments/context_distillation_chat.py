@@ -18,7 +18,7 @@ from lmlab.data.chat import encode_chat_prompt
 from lmlab.data.config import Files
 from lmlab.data.distillation import DistillationRows, Example, distillation_of, fitting, lay_out_examples, split_prompts
 from lmlab.data.files import read_records
-from lmlab.distillation import distinct, store_predictions, student_answers, teacher_answers
+from lmlab.distillation import check_lengths, distinct, store_predictions, student_answers, teacher_answers
 from lmlab.inference.config import SamplingConfig
 from lmlab.interop.pretrained import Pretrained, load_pretrained
 from lmlab.models.lm import LM
@@ -69,6 +69,8 @@ def run_chat(chat: Chat) -> dict[str, Any]:
     own, _ = student_answers(lm, base, pick(asked, False), jax.random.key(1), config, end_ids=ends)
     rows = {name: _laid_out(some) for name, some in (("taught", pick(taught, False)), ("held out", pick(taught, True)),
                                                      ("own", own), ("gold", pick(gold, True)))}  # fmt: skip
+    for data in rows.values():
+        check_lengths(data, lm, lm)
     say("chat: the teacher's predictions")
     k = 64
     stored = store_predictions(rows["taught"], lm, base, k, batch_size=chat.rows)

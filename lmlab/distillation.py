@@ -102,6 +102,15 @@ def distinct(examples: Sequence[Example]) -> tuple[list[Example], dict[str, int]
     return kept, {"kept": len(kept), "duplicates": len(examples) - len(kept)}
 
 
+def check_lengths(rows: DistillationRows, student: LM, teacher: LM) -> None:
+    """Raises `UserError` for an example that the student or the teacher has no room for."""
+    for example in rows.examples:
+        for whose, size, lm in (("teacher", len(example.context) + example.teacher_size, teacher),
+                                ("student", example.student_size, student)):  # fmt: skip
+            check(size <= lm.max_length, example.where, f"{size} tokens for the {whose}",
+                  f"at most its model.max_length = {lm.max_length}", "Drop it (fitting).")  # fmt: skip
+
+
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def predictions(lm: LM, k: int, temperature: float, params: Params, answers: AnswerBatch) -> TopK:
     """The k most probable tokens at every label of a batch, float32."""
@@ -115,6 +124,7 @@ def store_predictions(
 ) -> DistillationRows:  # fmt: skip
     """The rows with what the teacher says of every label, in bfloat16: 6 k + 2 bytes a label, and no teacher later."""
     check(1 <= k <= lm.vocab_size, "k", k, f"from 1 to {lm.vocab_size}, the size of the vocabulary")
+    check_lengths(rows, lm, lm)
     offsets_N = np.cumsum([0, *(len(example.answer) for example in rows.examples)])
     logprobs_nK = np.zeros((offsets_N[-1], k + 1), ml_dtypes.bfloat16)
     ids_nK = np.zeros((offsets_N[-1], k), np.int32)

@@ -18,6 +18,7 @@ from lmlab.data.distillation import distillation_of, lay_out_examples
 from lmlab.data.tokenizers import byte_tokenizer
 from lmlab.distillation import (
     after,
+    check_lengths,
     distinct,
     on_policy,
     store_predictions,
@@ -134,6 +135,13 @@ def test_stored_predictions_of_all_tokens_teach_nearly_what_the_teacher_does(sha
     for wrong in (0, LM.vocab_size + 1):
         with pytest.raises(UserError, match="vocabulary"):
             store_predictions(rows, LM, teacher, wrong)
+
+
+def test_examples_that_a_model_has_no_room_for_are_named():
+    rows = lay_out_examples([*EXAMPLES, replace(EXAMPLES[1], where="long", context=np.zeros(40, np.int32))], 64, 64)
+    with pytest.raises(UserError, match=r"long.*the teacher.*max_length = 32"):
+        store_predictions(rows, LM, PARAMS, 2)
+    check_lengths(rows, LM, tiny_lm(max_length=64))
 
 
 def test_the_fingerprint_knows_the_teacher_and_what_it_reads():
