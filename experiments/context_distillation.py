@@ -32,6 +32,8 @@ from lmlab.report.plots import drawing
 
 NAME = "python -m experiments.context_distillation"
 PARTS = ("tasks", "addition", "chat")
+SMOKE = ("top 4", "on-policy 0.5", "control: teacher shuffled", "distilled, soft")
+"""Arms of a smoke run: one for each way to train."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,13 @@ def run(options: Options) -> dict[str, Any]:
     asked = [options.only] if options.only else list(PARTS)
     result: dict[str, Any] = {"options": asdict(options)}
     if "tasks" in asked:
-        sizes = Sizes(options.seeds, options.pretraining, options.steps, options.inputs, options.held_out)
+        sizes = Sizes(options.seeds, options.pretraining, options.steps, options.inputs, options.held_out,
+                      arms=SMOKE if options.smoke else ())  # fmt: skip
         result["tasks"] = run_tasks(sizes)
     if "addition" in asked:
         result["addition"] = run_addition(
             options.seeds, options.digits, options.addition_pretraining, options.addition_steps, options.labels,
-            options.held_out,
+            options.held_out, some=SMOKE if options.smoke else (),
         )  # fmt: skip
     if "chat" in asked and not options.model:
         result["chat"] = {"skipped": "no model was named (--model, --prompts)"}

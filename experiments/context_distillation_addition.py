@@ -77,9 +77,10 @@ def questions(pairs: np.ndarray, digits: int, answers: bool) -> list[Example]:
 
 
 def run_addition(
-    seeds: int, digits: int, pretraining: int, steps: int, labels: int, held_out: int, looks: int = 10
+    seeds: int, digits: int, pretraining: int, steps: int, labels: int, held_out: int, looks: int = 10,
+    some: tuple[str, ...] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """Accuracy on held-out sums, answered at once, of every arm."""
+    """Accuracy on held-out sums, answered at once, of every arm; or of some by name."""
     say("addition: pre-training with scratch-pads")
     rng = np.random.default_rng(0)
     every = rng.permutation(100**digits)[: min(100**digits, 4 * (labels + held_out))]
@@ -103,6 +104,8 @@ def run_addition(
         ("labels, from nothing", next_token(LM), params, jax.vmap(hard_labels)(labelled)),
         ("control: scratch-pads of other sums", distill(LM), both, _other_work(taught)),
     ):
+        if some and name not in some:
+            continue
         say(f"addition: {name}")
         arm = Arm(LM, objective, start, steps, ROWS, 1e-3)
         result["arms"][name] = curves_of(arm, pool, steps, steps // looks, score)[1]

@@ -49,6 +49,8 @@ class Sizes:
     held_out: int
     looks: int = 10
     rows: int = 64
+    arms: tuple[str, ...] = ()
+    """By name; empty: all."""
 
 
 def permutations() -> np.ndarray:
@@ -186,6 +188,8 @@ def run_tasks(sizes: Sizes) -> dict[str, Any]:
     result: dict[str, Any] = {"tasks": tasks.tolist(), "start": start, "arms": {}}
     unlabelled = [draw_inputs(np.random.default_rng(1000 + s), sizes.inputs, False) for s in range(sizes.seeds)]
     for name, run in arms(base, unlabelled, tasks, sizes, score).items():
+        if sizes.arms and name not in sizes.arms:
+            continue
         say(f"permutations: {name}")
         curves = run()
         result["arms"][name] = {

@@ -97,8 +97,10 @@ def _answered(
 
 def distinct(examples: Sequence[Example]) -> tuple[list[Example], dict[str, int]]:
     """The first example of each inputs and context, and how many were left out."""
-    found = {(x.context.tobytes(), x.student_context.tobytes(), x.inputs.tobytes()): x for x in reversed(examples)}
-    kept = list(reversed(found.values()))
+    found: dict[tuple[bytes, ...], Example] = {}
+    for x in examples:
+        found.setdefault(tuple(part.tobytes() for part in (x.context, x.student_context, x.inputs)), x)
+    kept = list(found.values())
     return kept, {"kept": len(kept), "duplicates": len(examples) - len(kept)}
 
 

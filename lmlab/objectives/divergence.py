@@ -37,15 +37,21 @@ def jensen_shannon(b: float) -> Divergence:
         raise ValueError(f"b = {b}: forward_kl and reverse_kl are the limits at 0 and 1")
 
     def divergence(logq: Array, logp: Array) -> Array:
-        logm = jnp.logaddexp(logq + jnp.log(b), logp + jnp.log1p(-b))
+        logm = jnp.logaddexp(_finite(logq) + jnp.log(b), _finite(logp) + jnp.log1p(-b))
         return b * _mean(logq, logq - logm) + (1 - b) * _mean(logp, logp - logm)
 
     return divergence
 
 
 def _mean(logp: Array, values: Array) -> Array:
-    """Of the values under p; where p is 0 they may be anything."""
-    return jnp.sum(jnp.where(logp > -jnp.inf, jnp.exp(logp) * values, 0), axis=-1)
+    """Of the values under p; where p is 0 they may be anything, and have no gradient."""
+    said = logp > -jnp.inf
+    return jnp.sum(jnp.exp(logp) * jnp.where(said, values, 0), axis=-1)
+
+
+def _finite(logp: Array) -> Array:
+    """With a very small number for minus infinity: sums of nothing but that have no gradient."""
+    return jnp.maximum(logp, jnp.finfo(logp.dtype).min / 2)
 
 
 class Compared(NamedTuple):
@@ -95,9 +101,8 @@ def merged(logits: Array, ids: Array) -> Array:
     logp = jax.nn.log_softmax(logits)
     chosen = jnp.take_along_axis(logp, ids, axis=-1)
     # Not 1 - sum: of a small tail that would leave rounding errors.
-    rest = jnp.put_along_axis(logp, ids, -jnp.inf, axis=-1, inplace=False)
-    some = ids.shape[-1] < logits.shape[-1]
-    tail = jax.nn.logsumexp(rest, axis=-1, keepdims=True) if some else jnp.full_like(chosen[..., :1], -jnp.inf)
+    rest = jnp.put_along_axis(_finite(logp), ids, jnp.finfo(logp.dtype).min / 2, axis=-1, inplace=False)
+    tail = jax.nn.logsumexp(rest, axis=-1, keepdims=True)
     return jnp.concatenate([chosen, jnp.maximum(tail, jnp.log(LEAST_TAIL))], axis=-1)
 
 
