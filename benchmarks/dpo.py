@@ -7,13 +7,18 @@ resident size of the whole process, libraries and compilation included.
 lmlab shares the prompt of a pair, reads the reference's log-probabilities of all pairs before the first step, and
 computes the layers a second time in the backward pass (`execution.remat`). `lmlab_beside` computes the reference in
 every step, as one epoch over fresh pairs would cost in all; `lmlab_apart` gives each answer a prompt of its own;
-`lmlab_kept` keeps all activations. TRL is timed with its default, the reference in every step, and with
-`precompute_ref_log_probs`. Needs trl and datasets. The last line is JSON: speed_ratio and memory_ratio of lmlab over
-TRL's default; the same of the other arms; speed_ratio_precomputed: both without the reference in the step.
+`lmlab_kept` keeps all activations. TRL is timed with the reference in every step (its default) and all activations
+kept (not its default, and faster); `trl_precomputed` without the reference; `trl_light` without it and with
+activations computed again. All arms have to begin at the loss log 2.
+
+Needs trl and datasets. The last line is JSON: speed_ratio and memory_ratio of lmlab over trl; and like against like,
+speed_ratio_beside (reference in the step), speed_ratio_precomputed (without it), speed_ratio_light and
+memory_ratio_light (without it, activations computed again by both), memory_ratio_kept (without it, kept by both).
 """
 
 import argparse
 import json
+import math
 import os
 import resource
 import statistics
@@ -27,7 +32,7 @@ from benchmarks import arms, peers
 from benchmarks.timing import median_ratio
 from lmlab.core.errors import UserError, check
 
-ARMS = ("lmlab", "lmlab_beside", "lmlab_apart", "lmlab_kept", "trl", "trl_precomputed")
+ARMS = ("lmlab", "lmlab_beside", "lmlab_apart", "lmlab_kept", "trl", "trl_precomputed", "trl_light")
 WARM_UP = 3
 """Steps of each arm that are not counted."""
 BETA = 0.1
@@ -97,7 +102,9 @@ def work(arm: str, seed: int) -> Callable[[str], tuple[float, float, float]]:
     else:
         from benchmarks.peers.trl_dpo import make_answer
 
-        step = make_answer(seed, make_pairs(seed), arm == "trl_precomputed", BETA, PAIRS)
+        step = make_answer(
+            seed, make_pairs(seed), BETA, PAIRS, precomputed=arm != "trl", checkpointed=arm == "trl_light"
+        )
     return lambda _: (*step(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
@@ -118,6 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         workers = [arms.start("benchmarks.dpo", arm, ["--seed", str(args.seed)]) for arm in args.arms]
         for worker in workers:
             losses = [worker.ask()[1] for _ in range(WARM_UP)]
+            check(abs(losses[0] - math.log(2)) < 1e-3, worker.name, losses[0], "a first loss of log 2")
             print(f"{worker.name:16s} first losses {' '.join(f'{loss:.4f}' for loss in losses)}", flush=True)
         found: dict[str, list[list[float]]] = {worker.name: [] for worker in workers}
         for _ in range(args.rounds):
@@ -143,17 +151,21 @@ def report(seconds: dict[str, list[float]], peaks: dict[str, float]) -> None:
         print(f"{arm:16s} {PAIRS / middle:8.2f} {spread:>15s} {peaks[arm]:8.0f}")
     compared = {
         "speed_ratio": ("lmlab", "trl"), "speed_ratio_beside": ("lmlab_beside", "trl"),
-        "speed_ratio_precomputed": ("lmlab", "trl_precomputed"), "speed_ratio_apart": ("lmlab_apart", "trl"),
-        "speed_ratio_kept": ("lmlab_kept", "trl"),
+        "speed_ratio_precomputed": ("lmlab_kept", "trl_precomputed"), "speed_ratio_light": ("lmlab", "trl_light"),
     }  # fmt: skip
     result = {
         name: round(median_ratio(seconds[theirs], seconds[ours]), 2)
         for name, (ours, theirs) in compared.items()
         if ours in seconds and theirs in seconds
     }
-    memory = {"memory_ratio": "lmlab", "memory_ratio_kept": "lmlab_kept"}
+    memory = {
+        "memory_ratio": ("lmlab", "trl"), "memory_ratio_light": ("lmlab", "trl_light"),
+        "memory_ratio_kept": ("lmlab_kept", "trl_precomputed"),
+    }  # fmt: skip
     result |= {
-        name: round(peaks[arm] / peaks["trl"], 2) for name, arm in memory.items() if {arm, "trl"} <= peaks.keys()
+        name: round(peaks[ours] / peaks[theirs], 2)
+        for name, (ours, theirs) in memory.items()
+        if ours in peaks and theirs in peaks
     }
     print(json.dumps(result))
 

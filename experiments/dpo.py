@@ -5,7 +5,8 @@
 MODEL is a run, a folder of transformers, a .gguf file or a llama2.c .bin; it is the reference, too. A line of the data
 has "prompt", "chosen" and "rejected" (see --help for other shapes). Held-out loss, accuracy of the implicit reward,
 margins and log-probabilities are shown before the first step and on the way, and answers are drawn.
---lora.rank 16 trains adapters alone; --loss.loss takes the other losses of the family.
+--lora.rank 16 trains adapters alone, which want a higher rate: --optim.schedule.peak 1e-4. --loss.loss takes the other
+losses of the family.
 
 Interrupt it at any moment and run the same command again: it goes on, bit for bit.
 """

@@ -22,7 +22,8 @@ import numpy as np
 import tyro
 from matplotlib.axes import Axes
 
-from experiments.preferences_grammar import Sizes, run_grammar
+from experiments.preferences_grammar import run_grammar
+from experiments.preferences_language import Sizes
 from experiments.preferences_real import RealSizes, run_real
 from experiments.preferences_table import run_table
 from experiments.results import deviation, keep, say

@@ -1,4 +1,4 @@
-"""A language whose reward is known: strings of Markov chains, one for each prompt, worth the letters that they hold.
+"""Preferences in a language whose reward is known: every arm from the same model and the same pairs.
 
 A small model learns the language; pairs are drawn from that model and labelled by Bradley and Terry with the true
 reward. Then every arm trains on the same pairs, from the same model, which is the reference.
@@ -13,134 +13,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.preferences_language import (
+    BATCH,
+    BEGIN,
+    KIND,
+    KINDS,
+    LM_CONFIG,
+    LONGEST,
+    Sizes,
+    counted,
+    learned_language,
+    reward,
+    sample,
+    train,
+)
+from experiments.preferences_measure import accuracy, measure, optima
 from experiments.results import say
-from lmlab.core.types import Array, Key, Objective, Params, Preferences, TokenBatch
+from lmlab.core.types import Array, Objective, Params, Preferences
 from lmlab.data.answers import lay_out_pairs, preferences_of
 from lmlab.data.preferences import EncodedPair
-from lmlab.models.config import AttentionConfig, MLPConfig, TransformerConfig
 from lmlab.models.lm import LM
 from lmlab.models.transformer import transformer
 from lmlab.objectives import pair_losses
 from lmlab.objectives.dpo import dpo, kto_objective
-from lmlab.objectives.next_token import next_token
 from lmlab.objectives.pair_losses import after, per_token
-from lmlab.optim.chain import build_optimizer
-from lmlab.optim.config import OptimConfig, ScheduleConfig
 from lmlab.reference import score_answers
-from lmlab.train.state import new_state
-from lmlab.train.step import make_step
 
-KINDS, LETTERS, LONGEST = 4, 6, 10
-END, BEGIN = 0, 1
-KIND, LETTER = 2, 2 + KINDS
-"""Tokens: the end, the beginning, kinds of prompts, letters."""
-VOCAB = LETTER + LETTERS
-SAMPLES = 2000
-"""Answers that rewards and divergences are means of."""
-BATCH = 64
 FLIPS = 0.2
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How much is trained."""
-
-    seeds: int
-    pairs: int
-    language_steps: int
-    steps: int
-    rate: float
-
-
-LM_CONFIG = TransformerConfig(
-    vocab_size=VOCAB, layers=2, width=64, max_length=LONGEST + 4, attention=AttentionConfig(heads=4),
-    mlp=MLPConfig(width=128),
-)  # fmt: skip
-
-
-def reward(kinds_B: Array, answers_BT: Array) -> Array:
-    """One for each letter that is the prompt's own, and -0.1 for each letter."""
-    own_BT = answers_BT == (LETTER + kinds_B % LETTERS)[:, None]
-    return jnp.sum(own_BT, axis=1) - 0.1 * jnp.sum(answers_BT >= LETTER, axis=1)
-
-
-def counted(answers_BT: Array) -> Array:
-    """Which tokens belong to an answer: all up to its end."""
-    ends_BT = (answers_BT == END).astype(jnp.int32)
-    return jnp.cumsum(ends_BT, axis=1) - ends_BT == 0
-
-
-def prompts(kinds_B: Array) -> Array:
-    """Tokens [B, 2] of the prompts."""
-    return jnp.stack([jnp.full_like(kinds_B, BEGIN), KIND + kinds_B], axis=1)
-
-
-def sample(lm: LM, params: Params, kinds_B: Array, key: Key) -> Array:
-    """Answers [B, LONGEST + 1] that the model gives; after an end there are ends, and what is longer is cut."""
-    hidden_BTD, cache = lm.apply(params, prompts(kinds_B), cache=lm.init_cache(len(kinds_B), LONGEST + 3))
-
-    def draw(carry: Any, key: Key) -> tuple[Any, Array]:
-        hidden_BD, cache, over_B = carry
-        token_B = jnp.where(over_B, END, jax.random.categorical(key, lm.logits(params, hidden_BD))).astype(jnp.int32)
-        hidden_B1D, cache = lm.apply(params, token_B[:, None], cache=cache)
-        return (hidden_B1D[:, 0], cache, over_B | (token_B == END)), token_B
-
-    start = hidden_BTD[:, -1], cache, jnp.zeros(kinds_B.shape, bool)
-    return jax.lax.scan(draw, start, jax.random.split(key, LONGEST + 1))[1].T
-
-
-def logprobs(lm: LM, params: Params, kinds_B: Array, answers_BT: Array) -> Array:
-    """Log-probability [B] of answers."""
-    rows_BT = jnp.concatenate([prompts(kinds_B), answers_BT], axis=1)
-    hidden_BTD, _ = lm.apply(params, rows_BT[:, :-1])
-    chosen_BT = jnp.take_along_axis(jax.nn.log_softmax(lm.logits(params, hidden_BTD)), rows_BT[:, 1:, None], axis=-1)
-    return jnp.sum(jnp.where(counted(answers_BT), chosen_BT[:, 1:, 0], 0), axis=1)
-
-
-def language(logits_KLL: Array, key: Key, count: int) -> tuple[Array, Array]:
-    """Kinds [B] and answers of Markov chains over letters, one a kind; an answer ends with chance 0.15 a letter."""
-    firsts, kinds, walk, ends = jax.random.split(key, 4)
-    kinds_B = jax.random.randint(kinds, (count,), 0, KINDS)
-    first_B = jax.random.randint(firsts, (count,), 0, LETTERS)
-
-    def step(letter_B: Array, key: Key) -> tuple[Array, Array]:
-        following_B = jax.random.categorical(key, logits_KLL[kinds_B, letter_B])
-        return following_B, letter_B
-
-    letters_BT = jax.lax.scan(step, first_B, jax.random.split(walk, LONGEST))[1].T
-    lengths_B = 1 + jnp.sum(jnp.cumprod(jax.random.uniform(ends, (count, LONGEST - 1)) > 0.15, axis=1), axis=1)
-    answers_BT = jnp.where(jnp.arange(LONGEST)[None] < lengths_B[:, None], LETTER + letters_BT, END)
-    return kinds_B, jnp.pad(answers_BT, ((0, 0), (0, 1))).astype(jnp.int32)
-
-
-def train(
-    objective: Objective, lm: LM, start: Params, batches: Callable[[Array], Any], steps: int, rate: float
-) -> Params:
-    """Parameters [S, ...] after `steps` steps from `start`. batches: `batches(i)`, the batch [S, ...] of step i."""
-    tx = build_optimizer(OptimConfig(schedule=ScheduleConfig(peak=rate, warmup=0.05), weight_decay=0.0), lm.axes, steps)
-    step = make_step(objective, tx)
-    states = jax.vmap(lambda params: new_state(params, tx, jax.random.key(0)))(start)
-    every = jax.vmap(lambda state, batch: step(state, batch)[0])
-    run = jax.jit(lambda states: jax.lax.scan(lambda s, i: (every(s, batches(i)), None), states, jnp.arange(steps))[0])
-    return run(states).params
-
-
-def learned_language(lm: LM, sizes: Sizes) -> Params:
-    """Parameters [S, ...] of models that know the language of their seed."""
-    chains = jax.random.normal(jax.random.key(0), (sizes.seeds, KINDS, LETTERS, LETTERS))
-
-    def batch(logits_KLL: Array, key: Key) -> TokenBatch:
-        kinds_B, answers_BT = language(logits_KLL, key, BATCH)
-        rows_BT = jnp.concatenate([prompts(kinds_B), answers_BT], axis=1)
-        inside_BT = jnp.concatenate([jnp.ones((BATCH, 2), bool), counted(answers_BT)], axis=1)
-        places_BT = jnp.broadcast_to(jnp.arange(rows_BT.shape[1])[None], rows_BT.shape)
-        return TokenBatch(rows_BT, inside_BT.astype(jnp.int32), places_BT, inside_BT & (places_BT > 1))
-
-    def batches(i: Array) -> TokenBatch:
-        return jax.vmap(batch)(chains, jax.random.split(jax.random.fold_in(jax.random.key(2), i), sizes.seeds))
-
-    start = jax.vmap(lm.init)(jax.random.split(jax.random.key(1), sizes.seeds))
-    return train(next_token(lm), lm, start, batches, sizes.language_steps, 3e-3)
+"""Share of the labels that are turned round where some are."""
 
 
 @dataclass(frozen=True)
@@ -184,14 +84,16 @@ def flipped(pairs: list[EncodedPair], share: float, seed: int) -> list[EncodedPa
     ]
 
 
-def singles(pairs: list[EncodedPair]) -> list[EncodedPair]:
-    """Every answer alone, good or bad, beside an answer to another prompt, as `kto_objective` takes them."""
-    others = [pair.answers[0] for pair in pairs[1:] + pairs[:1]]
-    return [
-        replace(pair, answers=(answer, other), target=1.0 - side)
-        for pair, other in zip(pairs, others, strict=True)
-        for side, answer in enumerate(pair.answers)
-    ]
+def singles(pairs: list[EncodedPair], seed: int) -> list[EncodedPair]:
+    """Every answer alone, good or bad, beside one to a prompt of another kind, as `kto_objective` takes them."""
+    rng, found = np.random.default_rng(seed), []
+    for pair in pairs:
+        for side, answer in enumerate(pair.answers):
+            other = pair
+            while np.array_equal(other.prompt, pair.prompt):
+                other = pairs[rng.integers(len(pairs))]
+            found.append(replace(pair, answers=(answer, other.answers[rng.integers(2)]), target=1.0 - side))
+    return found
 
 
 def as_batch(pairs: list[EncodedPair]) -> Preferences:
@@ -213,6 +115,8 @@ class Arm:
 
     objective: Callable[[LM], Objective]
     data: Callable[[list[EncodedPair], int], list[EncodedPair]] = lambda pairs, seed: pairs
+    rows: int = BATCH
+    """Of a step; an answer alone is half of a pair."""
 
 
 def arms() -> dict[str, Arm]:
@@ -223,7 +127,7 @@ def arms() -> dict[str, Arm]:
         "chosen only": Arm(lambda lm: dpo(lm, lambda scores, beta: 0 * scores.chosen, 0.1, sft=1.0)),
         **{f"DPO {beta}": plain(beta) for beta in (0.03, 0.1, 0.3, 1.0)},
         "IPO 0.1": Arm(lambda lm: dpo(lm, after(per_token, pair_losses.ipo), 0.1)),
-        "KTO 0.1": Arm(lambda lm: kto_objective(lm, 0.1), lambda pairs, seed: singles(pairs)),
+        "KTO 0.1": Arm(lambda lm: kto_objective(lm, 0.1), singles, rows=2 * BATCH),
         "DPO 0.1, 20% flips": Arm(lambda lm: dpo(lm, pair_losses.sigmoid, 0.1), flips),
         "robust 0.1, 20% flips": Arm(lambda lm: dpo(lm, partial(pair_losses.robust, flips=FLIPS), 0.1), flips),
         "DPO 0.1, labels shuffled": Arm(
@@ -252,53 +156,12 @@ def run_grammar(sizes: Sizes) -> dict[str, Any]:
         say(name)
         pairs = [arm.data(one.pairs[:n], s) for s, (one, n) in enumerate(zip(labelled, cut, strict=True))]
         data = with_reference(lm, reference, [as_batch(part) for part in pairs])
-        rows = data.weights_BP.shape[1]
 
-        def batches(i: Array, data: Preferences = data, rows: int = rows) -> Preferences:
-            chosen = jax.random.randint(jax.random.fold_in(jax.random.key(3), i), (BATCH,), 0, rows)
+        def batches(i: Array, data: Preferences = data, size: int = arm.rows) -> Preferences:
+            count = data.weights_BP.shape[1]
+            chosen = jax.random.randint(jax.random.fold_in(jax.random.key(3), i), (size,), 0, count)
             return jax.tree.map(lambda x: x[:, chosen], data)
 
         params = train(arm.objective(lm), lm, reference, batches, sizes.steps, sizes.rate)
         found["arms"][name] = measure(lm, params, reference) | {"accuracy": accuracy(lm, params, held)}
     return found
-
-
-def measure(lm: LM, params: Params, reference: Params) -> dict[str, list[float]]:
-    """Mean reward of what a policy says, and its divergence KL(policy || reference), by seed."""
-    kinds_B = jnp.arange(SAMPLES) % KINDS
-
-    def one(params: Params, reference: Params) -> tuple[Array, Array]:
-        answers = sample(lm, params, kinds_B, jax.random.key(7))
-        ratios = logprobs(lm, params, kinds_B, answers) - logprobs(lm, reference, kinds_B, answers)
-        return jnp.mean(reward(kinds_B, answers)), jnp.mean(ratios)
-
-    rewards, divergences = jax.jit(jax.vmap(one))(params, reference)
-    return {"reward": rewards.tolist(), "kl": divergences.tolist()}
-
-
-def optima(lm: LM, reference: Params) -> list[dict[str, float]]:
-    """Reward and divergence of reference * exp(reward / beta) / Z: averages over answers of the reference, reweighted.
-
-    Means over seeds; strengths at which fewer than 200 answers carry the average are left out.
-    """
-    kinds_B = jnp.arange(32 * SAMPLES) % KINDS
-    draw = jax.jit(lambda params: reward(kinds_B, sample(lm, params, kinds_B, jax.random.key(8))))
-    rewards_SKN = jnp.stack([draw(jax.tree.map(lambda x, s=s: x[s], reference)).reshape(-1, KINDS).T
-                             for s in range(len(jax.tree.leaves(reference)[0]))])  # fmt: skip
-    points = []
-    for beta in np.geomspace(0.2, 10, 40):
-        weights = jax.nn.softmax(rewards_SKN / beta, axis=-1)
-        if float(jnp.min(1 / jnp.sum(jnp.square(weights), axis=-1))) < 200:
-            continue
-        kl = jnp.sum(weights * jnp.log(jnp.maximum(weights * weights.shape[-1], 1e-30)), axis=-1)
-        points.append({"beta": float(beta), "reward": float(jnp.mean(jnp.sum(weights * rewards_SKN, axis=-1))),
-                       "kl": float(jnp.mean(kl))})  # fmt: skip
-    return points
-
-
-def accuracy(lm: LM, params: Params, held: Preferences) -> list[float]:
-    """Share of held-out pairs in which the implicit reward prefers what the label prefers, by seed."""
-    objective = dpo(lm, pair_losses.sigmoid, 0.1)
-    ratio = jax.jit(jax.vmap(lambda params, batch: objective(params, batch, jax.random.key(0)).metrics["accuracy"]))
-    found = ratio(params, held)
-    return (found.sum / found.weight).tolist()

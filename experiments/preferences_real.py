@@ -8,16 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.preferences_grammar import train
+from experiments.preferences_language import train
 from experiments.results import say
+from lmlab.core.errors import UserError, check
 from lmlab.core.types import Array, Objective, Params, Preferences, TokenBatch
 from lmlab.data.answers import PairRows, lay_out_pairs, preferences_of
 from lmlab.data.config import TrainedBPE
 from lmlab.data.files import is_heldout, read_records, split_files
 from lmlab.data.folders import cache_root
 from lmlab.data.packing import lay_out, row_at, stack_rows
+from lmlab.data.pair_records import prompt_key, read_pair
 from lmlab.data.pairs_config import PairsConfig
-from lmlab.data.preferences import EncodedPair, encode_pairs, prompt_key
+from lmlab.data.preferences import EncodedPair, encode_pairs
 from lmlab.data.sources import Document
 from lmlab.data.tokenizers import TextTokenizer, build_tokenizer
 from lmlab.inference.config import SamplingConfig
@@ -57,14 +59,24 @@ def read(path: str, vocabulary: int) -> tuple[TextTokenizer, list[EncodedPair], 
     records = list(read_records(config.files(), split_files(config.files(), "train")))
     held = lambda record: (record.get("split") == "test" if isinstance(record, dict) and "split" in record
                            else is_heldout(prompt_key(record), 10))  # fmt: skip
-    texts = [record["chosen"] for _, record in records if isinstance(record, dict) and not held(record)]
-    documents = (Document(str(i), text) for i, text in enumerate(texts) if isinstance(text, str))
+    texts = [text for _, record in records if not held(record) for text in whole_text(record)]
+    documents = (Document(str(i), text) for i, text in enumerate(texts))
     tokenizer = build_tokenizer(TrainedBPE(vocabulary), lambda: documents, cache_root(""), f"{path} {len(texts)}")
     train_pairs, held_pairs = (
         encode_pairs([(where, record) for where, record in records if held(record) == wanted], config, tokenizer, None,
                      label="held-out pairs" if wanted else "pairs")[0] for wanted in (False, True)
     )  # fmt: skip
     return tokenizer, train_pairs, held_pairs
+
+
+def whole_text(record: object) -> list[str]:
+    """Prompt and preferred answer of a pair as one text; nothing of what is no pair."""
+    try:
+        pair = read_pair(record, "")
+    except UserError:
+        return []
+    check(isinstance(pair.prompt, str), "--pairs", "chats", "pairs whose prompts are texts, for a model without turns")
+    return [f"{pair.prompt}{pair.chosen}"]
 
 
 def run_real(path: str, sizes: RealSizes) -> dict[str, Any]:

@@ -8,8 +8,7 @@ what flipping costs that was not needed. meta: MetaRM under a shift, with a step
 by answers that are not shifted, and downwards. digits: the same as vectors with transformers on digit strings, and with
 contrastive terms. Then real pairs, if files are named: planted flips, and three votes of people.
 
-Prints tables; writes results.json and reward_modeling.svg. Expect about 5 minutes of processor time, which is as long
-on two CPU cores that nobody else uses.
+Prints tables; writes results.json and reward_modeling.svg. Expect about 5 minutes of processor time.
 """
 
 import sys

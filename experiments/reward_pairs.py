@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.results import say
 from experiments.reward_pilot import LEAST_RATE
-from lmlab.data.preferences import Pair
+from lmlab.data.pair_records import Pair
 from lmlab.evals.ranking import auc
 from lmlab.label_noise.config import LabelNoise
 from lmlab.label_noise.features import word_features

@@ -14,6 +14,7 @@ from lmlab.data.open_pairs import PairData, open_pairs, read_pairs
 from lmlab.finetune import draw_answers, sft_pieces, with_template
 from lmlab.interop.tokenizer_files import TokenizerFiles, read_tokenizer_files, write_tokenizer_files
 from lmlab.loading import Opened, open_model
+from lmlab.models.flops import training_flops_per_token
 from lmlab.models.lm import LM
 from lmlab.objectives import pair_losses
 from lmlab.objectives.config import PairLossConfig
@@ -25,6 +26,7 @@ from lmlab.pretrain import draw_continuations
 from lmlab.recipe import Preference, ResolvedPreference, ResolvedSFT
 from lmlab.reference import read_stored, store, with_reference
 from lmlab.runs import begun
+from lmlab.train.folder import is_run, settle_config
 from lmlab.train.hosts import all_do
 from lmlab.train.parallel import Share, param_shardings
 from lmlab.train.state import State, loaded_state
@@ -44,6 +46,9 @@ def _begin(config: Preference, folder: Path, share: Share) -> Pieces:
     source = open_model(Path(config.source), config.execution, config.optim.parameters)
     text = _text(source.text, config)
     resolved = ResolvedPreference(**vars(config), model=source.config)
+    if is_run(folder):
+        # Before anything is computed, or written where another run lies.
+        settle_config(folder, resolved, free=("parallel",))
     data = _read(resolved, text)
     base = build_lm(resolved)
     held: list[Params] = []
@@ -98,23 +103,25 @@ def preference_pieces(config: ResolvedPreference, text: TokenizerFiles, data: Pa
     """The pieces of learning from pairs; parameters are made anew."""
     base = build_lm(config)
     lm = policy(config, base)
+    moving = moving_axes(base, adapted(base, config.lora), config.lora)
+    talk = partial(draw_answers, lm, text, config), partial(draw_continuations, lm, text.tokenizer, config.eval)
     return Pieces(
         config=config,
         lm=lm,
         objective=preference_objective(config, base, lm),
-        tx=build_optimizer(
-            config.optim,
-            moving_axes(base, adapted(base, config.lora), config.lora),
-            config.train.steps,
-            config.train.seed,
-        ),
+        tx=build_optimizer(config.optim, moving, config.train.steps, config.train.seed),
         data=open_pairs(data, config.data, text.tokenizer, **share._asdict()),
-        sample=partial(draw_answers, lm, text, config)
-        if text.chat
-        else partial(draw_continuations, lm, text.tokenizer, config.eval),
+        sample=talk[0] if text.chat else talk[1],
         write=partial(write_tokenizer_files, files=text),
+        further_flops=reference_flops(config),
         still=(*still_parts(base, config.lora), *((REFERENCE,) if has_copy(config) else ())),
     )
+
+
+def reference_flops(config: ResolvedPreference) -> float:
+    """Operations of a token in the forward pass of a reference that is computed in every step."""
+    beside = config.loss.reference == "beside"
+    return training_flops_per_token(config.model, config.data.length) / 3 if beside else 0.0
 
 
 def preference_objective(config: Preference, base: LM, lm: LM) -> Objective:

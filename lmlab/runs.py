@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lmlab.adapters import adapted, merge
 from lmlab.core.errors import UserError
@@ -57,7 +58,7 @@ def load_run(folder: Path, place: Place = first_device) -> LoadedRun:
     lm = build_lm(alone(config))
     lora = config.lora if isinstance(config, SFT | Preference) else LoraConfig()
     kept = adapted(lm, lora)
-    step, params = _read(folder, kept, whole_model(config, lm), place)
+    step, params = _read(folder, lm, kept, whole_model(config, lm), place)
     return LoadedRun(config, lm, step, merge(lm, lora, params), read_tokenizer_files(folder))
 
 
@@ -65,7 +66,7 @@ def load_whole(folder: Path) -> LoadedRun:
     """The same of a run of fine-tuning, with all that it keeps: adapters apart, and the copy of the source."""
     config = read_config(folder)
     lm = whole_model(config, build_lm(config))
-    step, params = _read(folder, lm, lm, first_device)
+    step, params = _read(folder, lm, lm, lm, first_device)
     return LoadedRun(config, lm, step, params, read_tokenizer_files(folder))
 
 
@@ -78,11 +79,16 @@ def whole_model(config: Any, lm: LM) -> LM:
     return adapted(lm, config.lora) if isinstance(config, SFT) else lm
 
 
-def _read(folder: Path, lm: LM, whole: LM, place: Place) -> tuple[int, Params]:
-    """Step and parameters of `lm`, which are part of those of `whole`."""
-    shapes, every = (jax.eval_shape(model.init, jax.random.key(0)) for model in (lm, whole))
+def _read(folder: Path, lm: LM, kept: LM, whole: LM, place: Place) -> tuple[int, Params]:
+    """Step and parameters of `kept`: those of `lm`, and what a run adds to them. All are part of those of `whole`."""
+    own, shapes, every = (jax.eval_shape(model.init, jax.random.key(0)) for model in (lm, kept, whole))
+    shardings = place(lm, own)
+    anywhere = jax.tree.leaves(shardings)[0]
+    if isinstance(anywhere, NamedSharding):
+        anywhere = NamedSharding(anywhere.mesh, PartitionSpec())
+    added = {name: jax.tree.map(lambda _: anywhere, part) for name, part in shapes.items() if name not in own}
     unread = {name: leaf for name, leaf in every.items() if name not in shapes}
-    return _newest(folder, with_shardings(shapes, place(lm, shapes)), unread)
+    return _newest(folder, with_shardings(shapes, {**shardings, **added}), unread)
 
 
 def load_heads(folder: Path) -> LoadedHeads:

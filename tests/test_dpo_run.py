@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from typing import get_args
 
 import chex
 import jax
@@ -22,6 +23,10 @@ from lmlab.interop.tokenizer_files import TokenizerFiles
 from lmlab.loading import load_model
 from lmlab.models.config import AttentionConfig, TransformerConfig
 from lmlab.models.transformer import transformer
+from lmlab.objectives import pair_losses
+from lmlab.objectives.config import PairLossConfig, PairLossName
+from lmlab.objectives.pair_losses import PairScores
+from lmlab.preference import build_pair_loss
 from lmlab.runs import load_run, load_whole
 
 TEMPLATE = (
@@ -106,6 +111,63 @@ def test_a_reference_beside_and_adapters_learn_too(here):
     assert np.linalg.matrix_rank(change, rtol=1e-4).tolist() == [2, 2]
 
 
+def test_a_run_with_adapters_is_a_source_like_any_other(here):
+    first = [*WORDS, *LORA, "--train.steps", "2"]
+    assert main([*first, "--out", "first"]) == 0
+    again = [*WORDS, "--source", "first", "--train.steps", "2"]
+    assert main([*again, "--out", "second"]) == 0
+    begun = load_run(here / "first").params
+    assert held_out(here / "second")[0] == pytest.approx(np.log(2), abs=1e-6)
+    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), begun, load_run(here / "second").params)
+    assert 0 < max(jax.tree.leaves(moved)) < 0.1
+
+
+def test_pairs_that_changed_while_the_run_stood_are_told(here, capsys):
+    longer = [*WORDS, "--out", "short", "--train.steps", "3"]
+    assert main(longer) == 0
+    write_pairs(here / "pairs.jsonl", range(1, 31))
+    assert main(longer) == 2
+    assert "the pairs and the tokenizer" in one_line(capsys)
+
+
+def test_a_folder_of_another_run_is_left_as_it_is(here, capsys):
+    (here / "chats.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 30)
+    words = [word.replace("pairs.jsonl", "chats.jsonl").replace("heldout.jsonl", "chats.jsonl") for word in WORDS]
+    words[words.index("--data.heldout") : words.index("--data.heldout") + 2] = []
+    (here / "more.jsonl").write_text("".join(f'{{"prompt": "{i}", "completion": "b"}}\n' for i in range(60)))
+    words[words.index("--data.train") + 1] = "more.jsonl"
+    assert sft.main([*words, "--out", "sft", "--train.steps", "1"]) == 0
+    before = contents(here / "sft")
+    assert main([*WORDS, "--out", "sft"]) == 2
+    one_line(capsys)
+    assert contents(here / "sft") == before
+
+
+SCORES = PairScores(*(jax.numpy.asarray([x]) for x in (-10.0, -12.0, -11.0, -11.5, 4.0, 5.0)))
+OPTIONS = {"robust": {"smoothing": 0.2}, "exo_pair": {"smoothing": 0.1}, "simpo": {"gamma": 0.5}}
+FREE = {name: {"reference": "uniform"} for name in ("simpo", "cpo", "orpo")}
+
+
+@pytest.mark.parametrize("name", get_args(PairLossName))
+def test_every_loss_that_a_recipe_names_is_the_function_of_that_name(name):
+    options = OPTIONS.get(name, {})
+    found = build_pair_loss(PairLossConfig(loss=name, **options, **FREE.get(name, {})))(SCORES, 0.1)
+    words = {"flips" if name == "robust" and key == "smoothing" else key: value for key, value in options.items()}
+    chex.assert_trees_all_equal(found, getattr(pair_losses, name)(SCORES, 0.1, **words))
+
+
+def test_divergences_are_of_whole_answers_and_come_before_means():
+    found = build_pair_loss(PairLossConfig(divergence="jensen_shannon", per_token=True))(SCORES, 0.1)
+    ratios = pair_losses.jensen_shannon(SCORES.chosen_ratio) / 4, pair_losses.jensen_shannon(SCORES.rejected_ratio) / 5
+    chex.assert_trees_all_close(found, -jax.nn.log_sigmoid(0.1 * (ratios[0] - ratios[1])), rtol=1e-6)
+
+
+def test_a_loss_without_a_reference_runs(here):
+    words = ["--loss.loss", "orpo", "--loss.reference", "uniform", "--loss.sft", "1", "--train.steps", "2"]
+    assert main([*WORDS, *words, "--out", "orpo"]) == 0
+    assert not (here / "orpo/reference.npz").exists()
+
+
 def test_adapters_fine_tune_on_conversations(here):
     chats = [{"prompt": f"say {i}", "completion": f"{i}{i}"} for i in range(30)]
     (here / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
@@ -155,6 +217,10 @@ RUDE = {
     "smoothing": (["--loss.smoothing", "0.7"], "loss.smoothing = 0.7"),
     "smoothing of another loss": (["--loss.loss", "hinge", "--loss.smoothing", "0.1"], "loss.smoothing = 0.1"),
     "exo": (["--loss.loss", "exo_pair"], "loss.smoothing = 0.0"),
+    "robust against nothing": (["--loss.loss", "robust"], "loss.smoothing = 0.0"),
+    "a margin of no use": (["--loss.gamma", "3"], "loss.gamma = 3"),
+    "means of means": (["--loss.loss", "simpo", "--loss.per-token", "--loss.reference", "uniform"], "loss.per_token"),
+    "a reference that is not read": (["--loss.loss", "cpo"], "loss.reference = 'stored'"),
     "rank": (["--lora.rank", "-1"], "lora.rank = -1"),
     "no file": (["--data.train", "nowhere.jsonl"], "nowhere.jsonl"),
     "no source": (["--source", "nowhere"], "nowhere"),

@@ -105,7 +105,7 @@ def test_what_is_done_to_suspects(folder):
 
 def test_soft_targets_are_read_by_training(folder):
     from lmlab.core.errors import UserError
-    from lmlab.data.preferences import read_pair
+    from lmlab.data.pair_records import read_pair
 
     assert read_pair({**make_pairs()[0], "target": 0.25}, "a:1").target == 0.25
     with pytest.raises(UserError, match="between 0 and 1"):

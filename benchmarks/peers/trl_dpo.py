@@ -14,12 +14,15 @@ from benchmarks.peers.torch_llama import core_count, import_torch, llama_config
 from lmlab.core.errors import UserError
 
 
-def make_answer(seed: int, pairs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], precomputed: bool, beta: float,
-                batch: int) -> Callable[[], tuple[float, float]]:  # fmt: skip
+def make_answer(
+    seed: int, pairs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], beta: float, batch: int, *,
+    precomputed: bool, checkpointed: bool,
+) -> Callable[[], tuple[float, float]]:  # fmt: skip
     """`answer() -> (seconds, loss)` of the next step of `trainer.train()`, which waits between steps.
 
     pairs: tokens of prompts, preferred and other answers; an answer's last token is left to TRL, which ends each with
     the last token of the vocabulary. precomputed: reference log-probabilities are computed before the first step.
+    checkpointed: layers are computed a second time in the backward pass, which is TRL's default.
     """
     torch, transformers = import_torch()
     try:
@@ -38,7 +41,7 @@ def make_answer(seed: int, pairs: Sequence[tuple[np.ndarray, np.ndarray, np.ndar
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch, max_steps=100_000, beta=beta, use_cpu=True,
         learning_rate=peers.LEARNING_RATE, adam_beta1=peers.BETA_1, adam_beta2=peers.BETA_2,
         adam_epsilon=peers.ADAM_EPS, weight_decay=peers.WEIGHT_DECAY, max_grad_norm=0.0,
-        lr_scheduler_type="constant", bf16=False, gradient_checkpointing=False, logging_strategy="no",
+        lr_scheduler_type="constant", bf16=False, gradient_checkpointing=checkpointed, logging_strategy="no",
         save_strategy="no", report_to=[], precompute_ref_log_probs=precomputed, disable_tqdm=True, seed=seed,
         max_length=None,
     )  # fmt: skip
@@ -47,6 +50,7 @@ def make_answer(seed: int, pairs: Sequence[tuple[np.ndarray, np.ndarray, np.ndar
         model=model, ref_model=None if precomputed else copy.deepcopy(model), args=config,
         train_dataset=datasets.Dataset.from_list(rows), processing_class=_tokenizer(transformers),
     )  # fmt: skip
+    losses: list[float] = []
     asked: queue.Queue[None] = queue.Queue()
     answers: queue.Queue[tuple[float, float]] = queue.Queue()
 
@@ -58,8 +62,16 @@ def make_answer(seed: int, pairs: Sequence[tuple[np.ndarray, np.ndarray, np.ndar
             self.began = time.perf_counter()
 
         def on_step_end(self, *args, **kwargs):
-            answers.put((time.perf_counter() - self.began, 0.0))
+            answers.put((time.perf_counter() - self.began, losses[-1]))
 
+    compute_loss = trainer.compute_loss
+
+    def recorded(*args, **kwargs):
+        loss = compute_loss(*args, **kwargs)
+        losses.append(float(loss[0] if isinstance(loss, tuple) else loss))
+        return loss
+
+    trainer.compute_loss = recorded
     trainer.add_callback(Turns())
     threading.Thread(target=trainer.train, daemon=True).start()
 

@@ -10,8 +10,9 @@ from lmlab.data.answers import PairRows, lay_out_pairs, pairs_once, pairs_stream
 from lmlab.data.chat import ChatTemplate
 from lmlab.data.files import file_records, is_heldout, read_records, split_files
 from lmlab.data.open import Data
+from lmlab.data.pair_records import prompt_key
 from lmlab.data.pairs_config import PairsConfig
-from lmlab.data.preferences import EncodedPair, encode_pairs, prompt_key
+from lmlab.data.preferences import EncodedPair, encode_pairs
 from lmlab.data.sources import Split
 from lmlab.data.tokenizers import TextTokenizer
 

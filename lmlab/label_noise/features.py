@@ -11,8 +11,9 @@ import numpy as np
 from lmlab.core.errors import check
 from lmlab.core.types import AnswerBatch, Array, Params
 from lmlab.data.answers import lay_out_pairs, preferences_of
+from lmlab.data.pair_records import Pair
 from lmlab.data.pairs_config import PairsConfig
-from lmlab.data.preferences import Pair, encode_pairs
+from lmlab.data.preferences import encode_pairs
 from lmlab.data.progress import advancing
 from lmlab.interop.pretrained import Pretrained, tokenizer_of
 from lmlab.label_noise.config import LabelNoise

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lmlab.core.errors import UserError, check
 from lmlab.data.config import Files
 from lmlab.data.files import read_records
-from lmlab.data.preferences import Pair, read_pair
+from lmlab.data.pair_records import Pair, read_pair
 from lmlab.data.progress import say
 
 

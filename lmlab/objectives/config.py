@@ -62,7 +62,7 @@ class PairLossConfig:
     """stored: log-probabilities of all pairs under the source are computed once, before the first step; beside: in
     every step, by a copy of the source (with adapters by the source itself); uniform: all answers are as probable."""
     sft: float = 0.0
-    """Coefficient of the preferred answers' negative log-likelihood (RPO, CPO; ORPO has 1)."""
+    """Coefficient of the preferred answers' negative log-likelihood (RPO); the papers of CPO and ORPO have 1."""
     tail: float = 1.0
     """Weight of tokens beyond the length of the shorter answer (LD-DPO, arXiv 2409.06411)."""
     chunk: int = 64
@@ -75,11 +75,17 @@ class PairLossConfig:
         smoothed = ("sigmoid", "robust", "exo_pair")
         check(not self.smoothing or self.loss in smoothed, "loss.smoothing", self.smoothing,
               f"0 with loss = {self.loss!r}", f"It is an option of {', '.join(smoothed)}.")  # fmt: skip
-        check(self.loss != "exo_pair" or self.smoothing > 0, "loss.smoothing", self.smoothing,
-              "more than 0 with loss = 'exo_pair'", "The paper has 0.001.")  # fmt: skip
+        check(self.loss not in ("exo_pair", "robust") or self.smoothing > 0, "loss.smoothing", self.smoothing,
+              f"more than 0 with loss = {self.loss!r}", "EXO's paper has 0.001.")  # fmt: skip
+        check(self.gamma == 1 or self.loss == "simpo", "loss.gamma", self.gamma, "1 unless loss is simpo")
+        means = ("simpo", "orpo")
+        check(not self.per_token or self.loss not in means, "loss.per_token", self.per_token,
+              f"False with loss = {self.loss!r}, which is of means already")  # fmt: skip
         check(self.sft >= 0, "loss.sft", self.sft, "0 or more")
         check(0 <= self.tail <= 1, "loss.tail", self.tail, "from 0 to 1")
         check(self.chunk >= 1, "loss.chunk", self.chunk, "at least 1")
         free = ("simpo", "cpo", "orpo")
+        check(self.loss not in free or self.reference == "uniform", "loss.reference", self.reference,
+              f"uniform with loss = {self.loss!r}, which has no reference")  # fmt: skip
         check(self.divergence == "reverse_kl" or self.loss not in free, "loss.divergence", self.divergence,
               f"reverse_kl with loss = {self.loss!r}", "It has no reference to keep near to.")  # fmt: skip

@@ -56,7 +56,8 @@ def dpo(
 ) -> Objective:  # fmt: skip
     """Objective: the mean over pairs of `loss(scores, beta)`, of `Preferences` (arXiv 2305.18290, equation 7).
 
-    Of a pair with a target below 1 it is the expected loss, see `expected_loss`.
+    Of a pair with a target below 1 it is the expected loss, see `expected_loss`. A margin m asks for
+    beta (h_w - h_l) - m in place of beta (h_w - h_l) (ODPO, arXiv 2402.10571); losses without a reference know none.
 
     Args:
         lm: the policy.
@@ -81,15 +82,23 @@ def dpo(
         sums_BS = answer_sums(logprobs_BA, answers, tail)
         held_BS = reference_sums(reference, params, batch, tail)
         scores = PairScores(*_pairs(sums_BS), *_pairs(held_BS), *_pairs(answer_lengths(answers)))
-        chosen_BP = _pairs(sum_by_answer(logprobs_BA, answers))[0]
-        nll = Ratio(-masked_sum(chosen_BP, weights_BP), masked_sum(scores.chosen_length, weights_BP))
-        loss_BP = expected_loss(loss, scores, beta, batch.targets_BP)
+        asked = scores._replace(chosen_reference=scores.chosen_reference + batch.margins_BP / beta)
+        loss_BP = expected_loss(loss, asked, beta, batch.targets_BP)
+        nll = preferred_nll(_pairs(sum_by_answer(logprobs_BA, answers)), scores, batch)
         losses = {"preference": masked_ratio(loss_BP, weights_BP)} | ({"sft": nll} if sft else {})
-        metrics = {name: masked_ratio(value, weights_BP) for name, value in pair_metrics(scores, beta).items()}
+        values = pair_metrics(scores, beta, batch.targets_BP)
+        metrics = {name: masked_ratio(value, weights_BP) for name, value in values.items()}
         metrics = jax.lax.stop_gradient(metrics | {"nll/chosen": nll})
         return Terms(losses, {name: sft if name == "sft" else 1.0 for name in losses}, metrics)
 
     return objective
+
+
+def preferred_nll(sums: tuple[Array, Array], scores: PairScores, batch: Preferences) -> Ratio:
+    """Negative log-likelihood of preferred answers and their tokens, each answer by the probability that it is it."""
+    q_BP, lengths = batch.targets_BP, (scores.chosen_length, scores.rejected_length)
+    total, count = (masked_sum(q_BP * one + (1 - q_BP) * other, batch.weights_BP) for one, other in (sums, lengths))
+    return Ratio(-total, count)
 
 
 def expected_loss(loss: PairLoss, scores: PairScores, beta: float, targets: Array) -> Array:
@@ -108,11 +117,11 @@ def reference_sums(reference: Reference, params: Params, batch: Preferences, tai
     return answer_sums(reference(params, batch.answers), batch.answers, tail)
 
 
-def pair_metrics(scores: PairScores, beta: float) -> dict[str, Array]:
-    """Values of every pair."""
-    margin = beta * scores.delta
+def pair_metrics(scores: PairScores, beta: float, targets: Array) -> dict[str, Array]:
+    """Values of every pair; accuracy and margin towards the answer that is better, on the average over which it is."""
+    margin = (2 * targets - 1) * beta * scores.delta
     return {
-        "accuracy": (jnp.sign(margin) + 1) / 2,
+        "accuracy": (jnp.sign(scores.delta) * (2 * targets - 1) + 1) / 2,
         "margin": margin,
         "reward/chosen": beta * scores.chosen_ratio,
         "reward/rejected": beta * scores.rejected_ratio,
@@ -135,7 +144,8 @@ def kto_objective(
 
     Takes `Preferences` in which a pair is an answer and, in place of the other one, an answer to another prompt, and
     `targets_BP` tells which answers are good (1) and which bad (0). The answers to other prompts estimate the KL from
-    the reference, one number for all answers that are scored together: those of a microbatch. Arguments as of `dpo`;
+    the reference: one number for all answers that are scored together, those of a microbatch. So, unlike with other
+    objectives, the number of microbatches is part of what is computed. Arguments as of `dpo`;
     lambdas: weights of good and of bad answers.
 
     Metrics: `accuracy` (good above the anchor, bad below), `anchor` (z0), `reward/good`, `reward/bad`.

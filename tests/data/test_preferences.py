@@ -10,8 +10,9 @@ from lmlab.core.errors import UserError
 from lmlab.data.answers import lay_out_pairs, pairs_once, pairs_stream, preferences_of
 from lmlab.data.chat import ChatTemplate
 from lmlab.data.open_pairs import read_pairs
+from lmlab.data.pair_records import dialogue, prompt_key, read_pair
 from lmlab.data.pairs_config import PairsConfig
-from lmlab.data.preferences import dialogue, encode_pairs, prompt_key, read_pair
+from lmlab.data.preferences import encode_pairs
 from lmlab.data.tokenizers import byte_tokenizer, wrap_tokenizer
 from lmlab.testing.tiny import random_pairs
 
@@ -35,6 +36,17 @@ SAY = lambda text: {"role": "assistant", "content": text}
         ({"conversation": ASK, "chosen": SAY("yes"), "rejected": SAY("no")}, tuple(ASK)),
         ({"messages": ASK, "chosen": "yes", "rejected": "no"}, tuple(ASK)),
         ({"chosen": [*ASK, SAY("yes")], "rejected": [*ASK, SAY("no")]}, tuple(ASK)),
+        # As UltraFeedback has it: the question in all three places.
+        ({"prompt": "hi", "chosen": [*ASK, SAY("yes")], "rejected": [*ASK, SAY("no")]}, tuple(ASK)),
+        # HH with the prompt in both places.
+        (
+            {
+                "prompt": "\n\nHuman: a\n\nAssistant:",
+                "chosen": "\n\nHuman: a\n\nAssistant:yes",
+                "rejected": "\n\nHuman: a\n\nAssistant:no",
+            },
+            "\n\nHuman: a\n\nAssistant:",
+        ),
         (
             {"chosen": "\n\nHuman: a\n\nAssistant:yes", "rejected": "\n\nHuman: a\n\nAssistant:no"},
             "\n\nHuman: a\n\nAssistant:",
@@ -61,6 +73,13 @@ def test_weights_and_margins_are_read():
         ({"prompt": "q", "chosen": "a", "rejected": "  "}, "not empty in rejected"),
         ({"prompt": "q", "chosen": 3, "rejected": "b"}, "texts"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "a prompt that is text"),
+        ({"prompt": [], "chosen": "a", "rejected": "b"}, "a prompt that is text"),
+        ({"chosen": [SAY("x"), ASK[1]], "rejected": [SAY("x"), ASK[0]]}, "answers of the assistant"),
+        ({"prompt": "q", "chosen": ASK[1], "rejected": "b"}, "answers of the assistant"),
+        (
+            {"chosen": "\n\nHuman: a\n\nAssistant:x\n\nHuman: thanks", "rejected": "\n\nHuman: a\n\nAssistant:y"},
+            "one turn in chosen",
+        ),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "weight": -1}, "0 or more"),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": "big"}, "a number as margin"),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "weight": float("nan")}, "a number as weight"),

@@ -1,5 +1,6 @@
 """Objectives over pairs: layout, padding and cuts of the batch change nothing; the reference is a constant."""
 
+from dataclasses import replace
 from functools import partial
 
 import chex
@@ -252,3 +253,35 @@ def test_sums_by_answer_leave_out_empty_places():
     answers = batch_of(lay_out_pairs(PAIRS, 32)).answers
     ones = jnp.ones(answers.labels_BA.shape)
     assert float(sum_by_answer(ones, answers).sum()) == sum(len(a) for pair in PAIRS for a in pair.answers)
+
+
+def test_a_margin_is_asked_for_beside_the_difference():
+    batch = random_preferences()
+    margins = jnp.linspace(-1.0, 2.0, batch.margins_BP.size).reshape(batch.margins_BP.shape)
+    found = dpo(LM, sigmoid, 0.5)(PARAMS, batch.replace(margins_BP=margins), KEY).losses["preference"]
+    ratios = answer_sums(answer_logprobs(LM, PARAMS, batch.answers), batch.answers) - batch.reference_BS
+    wanted = -jax.nn.log_sigmoid(0.5 * (ratios[:, 0::2] - ratios[:, 1::2]) - margins)
+    assert float(found.sum) == pytest.approx(float(jnp.sum(batch.weights_BP * wanted)), rel=1e-5)
+
+
+def test_a_target_of_nothing_is_the_pair_turned_round():
+    rows = lay_out_pairs(PAIRS, 32, alone=True)
+    swapped = lay_out_pairs([replace(pair, answers=pair.answers[::-1]) for pair in PAIRS], 32, alone=True)
+    held = lively(PARAMS, seed=2)
+    one, other = (batch_of(with_reference(made, LM, held)) for made in (rows, swapped))
+    objective = dpo(LM, sigmoid, 0.3, sft=0.2)
+    ours = objective(PARAMS, one.replace(targets_BP=jnp.zeros_like(one.targets_BP)), KEY)
+    theirs = objective(PARAMS, other, KEY)
+    chex.assert_trees_all_close(ours.losses, theirs.losses, rtol=1e-5)
+    for name in ("accuracy", "margin", "nll/chosen"):
+        chex.assert_trees_all_close(ours.metrics[name], theirs.metrics[name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_sft_term_by_hand():
+    batch = random_preferences()
+    sums, weights = answer_sums(answer_logprobs(LM, PARAMS, batch.answers), batch.answers), batch.weights_BP
+    terms = dpo(LM, sigmoid, 0.3, sft=0.7, tail=0.2)(PARAMS, batch, KEY)
+    # A mean over all tokens of preferred answers, whatever the tail weighs elsewhere.
+    wanted = -jnp.sum(weights * sums[:, 0::2]), jnp.sum(weights * answer_lengths(batch.answers)[:, 0::2])
+    chex.assert_trees_all_close(tuple(jax.tree.leaves(terms.losses["sft"])), wanted, rtol=1e-5)
+    assert terms.scales["sft"] == 0.7

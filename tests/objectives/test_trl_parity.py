@@ -13,6 +13,7 @@ from lmlab.data.answers import lay_out_pairs
 from lmlab.interop.huggingface import save_pretrained
 from lmlab.models.transformer import transformer
 from lmlab.objectives.pair_losses import PairScores
+from lmlab.objectives.reward import preference_loss
 from lmlab.reference import with_reference
 from lmlab.testing.tiny import lively, random_pairs, tiny_config
 
@@ -52,12 +53,12 @@ def test_log_probabilities_are_those_of_trl(tmp_path):
     np.testing.assert_allclose(ours, np.stack([part.numpy() for part in theirs], axis=1), atol=1e-5, rtol=1e-5)
 
 
-def test_the_loss_of_simulated_preferences_is_trl_s_reward_loss():
-    """Bradley and Terry with a margin, as TRL's RewardTrainer has it."""
+def test_the_reward_loss_is_trl_s():
+    """Bradley and Terry with a margin, as TRL's RewardTrainer has it: -logsigmoid(chosen - rejected - margin)."""
     import torch
 
     rng = np.random.default_rng(0)
     chosen, rejected, margin = torch.from_numpy(rng.standard_normal((3, 20)).astype(np.float32))
     theirs = -torch.nn.functional.logsigmoid(chosen - rejected - margin).numpy()
-    ours = -jax.nn.log_sigmoid(jnp.asarray(chosen.numpy() - rejected.numpy() - margin.numpy()))
+    ours = preference_loss(jnp.asarray((chosen - rejected).numpy()), margins=jnp.asarray(margin.numpy()))
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
