@@ -43,7 +43,7 @@ def sums(objective, params, batch):
     return terms.losses, terms.metrics
 
 
-@pytest.mark.parametrize(("name", "shared"), [("llama", True), ("mistral", True), ("gpt2", False)])
+@pytest.mark.parametrize(("name", "shared"), [("llama", True), ("gpt2", False)])
 def test_with_an_empty_context_a_copy_of_the_teacher_has_nothing_to_learn_at_any_token(name, shared):
     lm = LMS[name]()
     params = lively(lm.init(KEY))
@@ -62,7 +62,7 @@ def test_with_an_empty_context_a_copy_of_the_teacher_has_nothing_to_learn_at_any
     assert float(value(objective, both, batch.replace(student=moved))) > 1e-2
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("name", ["mistral", "gpt2"])
 def test_contexts_read_once_a_row_and_copies_of_them_give_the_same(name):
     lm = LMS[name]()
     both = {**lively(lm.init(KEY)), TEACHER: lively(lm.init(KEY), seed=3)}
@@ -97,10 +97,9 @@ def test_one_example_by_hand():
     assert float(told[1]["nll"].sum) == pytest.approx(2 * nll, rel=1e-4)
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
-def test_microbatches_change_nothing_and_what_the_teacher_says_stands_still(microbatches):
+def test_microbatches_change_nothing_and_what_the_teacher_says_stands_still():
     batch, tx = random_distillation(), optax.sgd(0.02)
-    step = jax.jit(make_step(distill(MODEL, chunk=3), tx, microbatches=microbatches))
+    step = jax.jit(make_step(distill(MODEL, chunk=3), tx, microbatches=2))
     told = lambda params: MODEL.apply(params[TEACHER], batch.teacher.tokens_BT)[0]
     state, before = new_state(BOTH, tx, KEY, still=(TEACHER,)), told(BOTH)
     losses = []
