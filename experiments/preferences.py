@@ -57,10 +57,10 @@ class Options:
     """Steps of an arm."""
     rate: float = 5e-4
     """Peak rate of the arms."""
-    real_language_steps: int = 400
+    real_language_steps: int = 300
     """The same on real pairs."""
-    real_steps: int = 150
-    real_rate: float = 1e-4
+    real_steps: int = 100
+    real_rate: float = 3e-4
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def run(options: Options) -> dict[str, Any]:
         sizes = Sizes(options.seeds, options.known_pairs, options.language_steps, options.steps, options.rate)
         result["grammar"] = run_grammar(sizes)
     if wanted("real") and options.pairs:
-        real = RealSizes(options.seeds, 300 if options.smoke else 2048, options.real_language_steps,
+        real = RealSizes(options.seeds, 300 if options.smoke else 1024, options.real_language_steps,
                          options.real_steps, options.real_rate)  # fmt: skip
         result["real"] = run_real(options.pairs, real)
     return result

@@ -33,7 +33,7 @@ from lmlab.objectives.dpo import dpo
 from lmlab.objectives.next_token import next_token
 from lmlab.reference import with_reference
 
-LENGTH, ROWS = 384, 8
+LENGTH, ROWS = 384, 4
 BETAS = (0.03, 0.1, 0.3, 1.0)
 PROMPTS, NEW_TOKENS = 128, 48
 """Answers that the divergence is measured on, and how long they may be."""
@@ -83,8 +83,8 @@ def run_real(path: str, sizes: RealSizes) -> dict[str, Any]:
     """Held-out accuracy of the implicit reward, and divergence from the reference, by arm and seed."""
     tokenizer, pairs, held_pairs = read(path, sizes.vocabulary)
     lm = transformer(TransformerConfig(
-        vocab_size=tokenizer.vocab_size, layers=4, width=160, max_length=2 * LENGTH, attention=AttentionConfig(heads=4),
-        mlp=MLPConfig(width=432),
+        vocab_size=tokenizer.vocab_size, layers=3, width=128, max_length=2 * LENGTH, attention=AttentionConfig(heads=4),
+        mlp=MLPConfig(width=344),
     ))  # fmt: skip
     say(f"a model of {tokenizer.vocab_size} tokens learns the dialogues")
     start = jax.jit(jax.vmap(lm.init))(jax.random.split(jax.random.key(0), sizes.seeds))
