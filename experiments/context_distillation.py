@@ -67,7 +67,7 @@ class Options:
     model: str = ""
     """A model with a chat template (.gguf, or a folder of transformers); empty: the third part is skipped."""
     prompts: str = ""
-    """Of the third part: .jsonl or .jsonl.gz with fields "instruction" and perhaps "input"."""
+    """Of the third part: .jsonl or .jsonl.gz with fields "instruction", "output" and perhaps "input"."""
     persona: str = PERSONA
     """The system prompt to distil."""
     chat_steps: int = 30
@@ -89,6 +89,10 @@ class Options:
             check(value >= multiple and value % multiple == 0, f"--{name.replace('_', '-')}", value,
                   f"a multiple of {multiple}")  # fmt: skip
         check(1 <= self.digits <= 4, "--digits", self.digits, "1 to 4")
+        enough = self.held_out + self.labels <= 100**self.digits
+        check(enough or self.only in ("tasks", "chat") or self.smoke, "--labels", self.labels,
+              f"with --held-out at most {100**self.digits}, the sums of {self.digits} digits")  # fmt: skip
+        check(bool(self.persona.strip()), "--persona", self.persona, "a system prompt")
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -152,7 +156,7 @@ def tasks_table(part: dict[str, Any]) -> list[str]:
     """Arms on one task, and four tasks into names."""
     start = part["start"]
     without, told = show(start["without"]), show(start["with"])
-    lines = [f"permutations, right answers: without instruction {without}, with it {told}",
+    lines = [f"permutations, probability of the right answer: without instruction {without}, with it {told}",
              f"{'arm':28s}{'without':>15s}{'greedy':>15s}{'recovery':>15s}{'drift':>16s}"]  # fmt: skip
     for name, arm in part["arms"].items():
         cells = [arm["without"][-1], arm["greedy without"][-1], arm["recovery"], arm["drift"]]

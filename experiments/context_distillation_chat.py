@@ -18,7 +18,7 @@ from lmlab.data.chat import encode_chat_prompt
 from lmlab.data.config import Files
 from lmlab.data.distillation import DistillationRows, Example, distillation_of, fitting, lay_out_examples, split_prompts
 from lmlab.data.files import read_records
-from lmlab.distillation import check_lengths, distinct, store_predictions, student_answers, teacher_answers
+from lmlab.distillation import check_lengths, store_predictions, student_answers, teacher_answers
 from lmlab.inference.config import SamplingConfig
 from lmlab.interop.pretrained import Pretrained, load_pretrained
 from lmlab.models.lm import LM
@@ -105,26 +105,40 @@ def _examples(chat: Chat, model: Pretrained) -> tuple[list[Example], list[Exampl
     assert text.chat is not None
     asked: list[Example] = []
     golden: dict[str, np.ndarray] = {}
+    seen: set[bytes] = set()
     nothing = np.zeros(0, np.int32)
     path = Path(chat.prompts)
     for where, record in read_records(Files(chat.prompts), [(path.name, path)]):
         if len(asked) == chat.train + chat.held_out:
             break
-        if not isinstance(record, dict) or not isinstance(record.get("instruction"), str):
-            raise UserError(where, record, 'a record with a field "instruction"')
-        words = "\n".join(part for part in (record["instruction"], record.get("input", "")) if part)
+        words, answer = _words(record, where)
         user = {"role": "user", "content": words}
         prompts = [encode_chat_prompt(text.chat, text.tokenizer, messages)
                    for messages in ([{"role": "system", "content": chat.persona}, user], [user])]  # fmt: skip
         context, own, inputs = split_prompts(*prompts)
-        if len(inputs) <= chat.longest:
+        if len(inputs) <= chat.longest and inputs.tobytes() not in seen:
+            seen.add(inputs.tobytes())
             asked.append(Example(where, context, inputs, nothing, student_context=own))
-            golden[where] = text.tokenizer.encode_batch([record.get("output", "")])[0][: chat.answer]
+            golden[where] = text.tokenizer.encode_batch([answer])[0][: chat.answer]
     check(len(asked) == chat.train + chat.held_out, "--prompts", len(asked),
-          f"{chat.train + chat.held_out} prompts of at most {chat.longest} tokens")  # fmt: skip
-    asked, _ = distinct(asked)
-    gold = [replace(x, answer=golden[x.where]) for x in asked]
-    return asked, [x for x in gold if len(x.answer)]
+          f"{chat.train + chat.held_out} different prompts of at most {chat.longest} tokens")  # fmt: skip
+    gold = [replace(x, answer=golden[x.where]) for x in asked if len(golden[x.where])]
+    measured = any(len(golden[x.where]) for x in asked[: chat.held_out])
+    check(
+        measured, "--prompts", chat.prompts, f'an "output" in one of the first {chat.held_out} records, for the drift'
+    )
+    return asked, gold
+
+
+def _words(record: object, where: str) -> tuple[str, str]:
+    """What the user says, and the answer of the file, which may be empty."""
+    named = isinstance(record, dict) and bool(record.get("instruction"))
+    fields = [record.get(name, "") if isinstance(record, dict) else "" for name in ("instruction", "input", "output")]
+    if not named or not all(isinstance(field, str) for field in fields):
+        raise UserError(
+            "--prompts", where, 'a record with texts in "instruction" and, if they are there, "input", "output"'
+        )
+    return "\n".join(part for part in fields[:2] if part), fields[2]
 
 
 def _laid_out(examples: Sequence[Example]) -> DistillationRows:

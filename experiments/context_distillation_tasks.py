@@ -114,13 +114,16 @@ def chances(params: Params, before: np.ndarray, inputs: np.ndarray, task: Any) -
 
 
 def scores(inputs: np.ndarray, tasks: Array) -> Callable[[Params], dict[str, np.ndarray]]:
-    """Of parameters [S, ...], seed s with its task: without the instruction, with it, and of the others with it."""
+    """Of parameters [S, ...], seed s with its task: probability of the right answer without the instruction and with
+    it, whether greedy decoding writes it without, and whether it writes those of the other tasks with theirs.
+    """
 
     def one(params: Params, task: Array) -> dict[str, Array]:
         chance, greedy = chances(params, jnp.zeros(0, jnp.int32), inputs, task)
-        told = jnp.stack([chances(params, instruction(jnp.asarray(i)), inputs, i)[1] for i in range(TASKS)])
-        others = (jnp.sum(told) - told[task]) / (TASKS - 1)
-        return {"without": chance, "greedy without": greedy, "with": told[task], "others with": others}
+        told = [chances(params, instruction(jnp.asarray(i)), inputs, i) for i in range(TASKS)]
+        chance_told, greedy_told = (jnp.stack(column) for column in zip(*told, strict=True))
+        others = (jnp.sum(greedy_told) - greedy_told[task]) / (TASKS - 1)
+        return {"without": chance, "greedy without": greedy, "with": chance_told[task], "others with": others}
 
     every = jax.jit(jax.vmap(one))
     return lambda params: every(params, tasks)

@@ -71,29 +71,34 @@ def test_the_teacher_answers_after_the_context_and_the_student_without():
         assert len(mine.scratchpad) == len(theirs.scratchpad) == 0
 
 
+def varied():
+    """An example to which the teacher's greedy answer has tokens that differ, and that answer."""
+    for seed in range(50):
+        inputs = np.asarray(jax.random.randint(jax.random.key(seed), (4,), 0, LM.vocab_size), np.int32)
+        example = replace(EXAMPLES[0], inputs=inputs)
+        written = greedy(np.concatenate([example.context, inputs]), 6)
+        if len(set(written)) > 2 and written[3] not in written[:3] and written[3] not in written[4:]:
+            return example, written
+    raise AssertionError("the tiny teacher says one thing only")
+
+
 def test_scratchpads_are_cut_off_and_what_has_no_answer_is_counted():
-    prompt = np.concatenate([EXAMPLES[0].context, EXAMPLES[0].inputs])
-    written = greedy(prompt, 6)
-    told, counts = teacher_answers(LM, PARAMS, EXAMPLES[:1], KEY, GREEDY, extract=after(written[2]), samples=2)
-    last = max(i for i, token in enumerate(written) if token == written[2])
-    if last == 5:
-        assert counts == {"answered": 0, "without_answer": 2}
-    else:
-        assert [x.scratchpad.tolist() for x in told] == [written[: last + 1]] * 2
-        assert [x.answer.tolist() for x in told] == [written[last + 1 :]] * 2
+    example, written = varied()
+    told, counts = teacher_answers(LM, PARAMS, [example], KEY, GREEDY, extract=after(written[3]), samples=2)
+    assert counts == {"answered": 2, "without_answer": 0}
+    assert [x.scratchpad.tolist() for x in told] == [written[:4]] * 2
+    assert [x.answer.tolist() for x in told] == [written[4:]] * 2
     absent = next(token for token in range(LM.vocab_size) if token not in written)
-    assert teacher_answers(LM, PARAMS, EXAMPLES[:1], KEY, GREEDY, extract=after(absent)) == (
+    assert teacher_answers(LM, PARAMS, [example], KEY, GREEDY, extract=after(absent)) == (
         [], {"answered": 0, "without_answer": 1})  # fmt: skip
     assert after(9)(np.asarray([1, 9, 2, 9])) is None
     assert [x.tolist() for x in after(9)(np.asarray([1, 9, 2, 9, 3, 4]))] == [[1, 9, 2, 9], [3, 4]]
 
 
 def test_an_answer_that_ends_has_its_end():
-    prompt = np.concatenate([EXAMPLES[0].context, EXAMPLES[0].inputs])
-    end = greedy(prompt, 6)[3]
-    told, _ = teacher_answers(LM, PARAMS, EXAMPLES[:1], KEY, GREEDY, end_ids=(end,))
-    if told:
-        assert told[0].answer.tolist() == greedy(prompt, 6, end)
+    example, written = varied()
+    told, _ = teacher_answers(LM, PARAMS, [example], KEY, GREEDY, end_ids=(written[3],))
+    assert told[0].answer.tolist() == written[:4]
 
 
 def test_a_share_of_the_answers_is_the_students():
@@ -231,7 +236,7 @@ def test_a_system_prompt_is_distilled_into_adapters_of_a_model_on_disk(chatting,
     ("words", "said"),
     [
         (["--only", "x"], "--only"), (["--only", "chat"], "--model"), (["--steps", "7"], "--steps"),
-        (["--model", "absent"], "--model"), (["--digits", "5"], "--digits"), (["--seeds", "0"], "--seeds"),
+        (["--model", "absent"], "--model"), (["--digits", "5"], "--digits"), (["--digits", "1"], "--labels"), (["--seeds", "0"], "--seeds"),
     ],
 )  # fmt: skip
 def test_rude_input_gets_one_line(words, said, capsys):

@@ -243,7 +243,11 @@ def distillation_stream(
 
 
 def with_stored(rows: DistillationRows, stored: StoredTeacher) -> DistillationRows:
-    """Rows whose labels have predictions of a teacher. Raises `UserError` where they are those of other examples."""
+    """Rows whose labels have predictions of a teacher.
+
+    Raises `UserError` where there are not as many for each answer as it has tokens; that they are those of these very
+    examples `load_stored` sees to, by their fingerprint.
+    """
     sizes = np.asarray([len(example.answer) for example in rows.examples])
     same = len(stored.offsets_N) == len(sizes) + 1 and (np.diff(stored.offsets_N) == sizes).all()
     check(bool(same), "stored", stored.fingerprint, "predictions for these examples", "Store them anew.")

@@ -135,7 +135,7 @@ def chunked_divergence(
     One chunk of each side's logits [B, chunk, V] is alive at any moment, and the student's gradient is formed from it
     in the forward pass, as in `chunked_cross_entropy`; of the forward KL at temperature 1 it is p - q at every place.
     shared: the student's head and what `compare` shares. target: arrays [B, A, ...] for `compare`. axes: logical axes
-    of the student's head. Labels, targets and hidden states of weight 0 may be anything.
+    of the student's head. Labels and targets of weight 0 may be anything.
     """
 
     def sums_of(shared: tuple[Params, Any], *arrays: Array) -> DivergenceSums:
