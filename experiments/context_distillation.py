@@ -190,7 +190,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
                     low, high = values.mean(axis=1) - spread, values.mean(axis=1) + spread
                     axes.fill_between(steps, low, high, color=f"C{number}", alpha=0.1, linewidth=0)
             axes.set(xlabel="step", ylabel=label, ylim=(-0.03, 1.03))
-            axes.legend(fontsize=7, frameon=False)
+            # The second panel has the arms of the first.
+            if name != "others with":
+                axes.legend(fontsize=7, frameon=False)
 
 
 def experiment(options: Options) -> int:
