@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import reward_digits as digits
+from experiments import reward_meta as meta
 from experiments import reward_modeling as experiment
 from experiments import reward_pilot as pilot
 from lmlab.objectives.treatments import Treatment
@@ -78,6 +79,18 @@ def test_pairs_are_in_their_true_order_and_shifted_where_they_say():
     assert abs(world.tests["shifted"][..., 4:].mean()) < 0.1
     again = pilot.draw_world(0, 400)
     np.testing.assert_array_equal(world.train_N2D, again.train_N2D)
+
+
+def test_no_row_of_a_meta_set_is_in_a_test_set():
+    # The coordinates that are not shifted, three in a row: sets that share a stream share them at some offset.
+    def threes(sets):
+        rows = np.concatenate([z.reshape(-1, pilot.WIDTH)[:, 4:] for z in sets])
+        return {three.tobytes() for three in np.lib.stride_tricks.sliding_window_view(rows, 3, axis=1).reshape(-1, 3)}
+
+    for seed in range(2):
+        world, (_, answers, rng) = pilot.draw_world(seed, 50), meta.draw_meta(seed, 50)
+        measured = meta.draw_answers(50, rng, 1.5)
+        assert not threes([*answers.values(), measured]) & threes([world.train_N2D, *world.tests.values()])
 
 
 def test_a_planted_flip_is_learnt_as_one():
