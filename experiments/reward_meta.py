@@ -68,7 +68,7 @@ def draw_meta(seed: int, count: int) -> tuple[np.ndarray, dict[float, np.ndarray
 def train_arm(arm: Arm, worlds: Sequence[World], epochs: int) -> list[dict[str, float]]:
     """For each seed the means over the models of an arm, which begin and read alike in every arm."""
     tx = adam(epochs * (len(worlds[0].train_N2D) // BATCH))
-    objective = reward_pairs(HEAD.rewards, lengths=None)
+    objective = reward_pairs(HEAD.rewards)
     objective = meta_reward(objective, spread, arm.eta, second_order=arm.second_order, direct=arm.direct)
     step = make_step(objective, tx)
     return [train_seed(arm, world, seed, epochs, tx, step) for seed, world in enumerate(worlds)]
