@@ -20,8 +20,8 @@ def deviation(values: Sequence[float]) -> float:
 
 
 def keep(result: dict[str, Any], out: str) -> Path:
-    """Write results.json to a folder, which is made. Returns the folder, for figures."""
+    """Write results.json to a folder, which is made. Returns the folder, for figures. ValueError: NaN, infinity."""
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(result, indent=2))
+    (folder / "results.json").write_text(json.dumps(result, indent=2, allow_nan=False))
     return folder

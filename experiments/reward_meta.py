@@ -57,10 +57,18 @@ def draw_answers(count: int, rng: np.random.Generator, shift: float) -> np.ndarr
     return z
 
 
+def draw_meta(seed: int, count: int) -> tuple[np.ndarray, dict[float, np.ndarray], np.random.Generator]:
+    """Which labels [N, 1] are right, the answers without labels by their shift, and the stream that goes on."""
+    # Not the stream of `draw_world`, which has the numbers of the test sets in it.
+    rng = np.random.default_rng((seed, 1))
+    right_N1 = rng.random((count, 1)) >= FLIPS
+    return right_N1, {shift: draw_answers(count, rng, shift) for shift in (0.0, 1.5)}, rng
+
+
 def train_arm(arm: Arm, worlds: Sequence[World], epochs: int) -> list[dict[str, float]]:
     """For each seed the means over the models of an arm, which begin and read alike in every arm."""
     tx = adam(epochs * (len(worlds[0].train_N2D) // BATCH))
-    objective = reward_pairs(HEAD.rewards, lengths=None)
+    objective = reward_pairs(HEAD.rewards)
     objective = meta_reward(objective, spread, arm.eta, second_order=arm.second_order, direct=arm.direct)
     step = make_step(objective, tx)
     return [train_seed(arm, world, seed, epochs, tx, step) for seed, world in enumerate(worlds)]
@@ -70,11 +78,10 @@ def train_seed(
     arm: Arm, world: World, seed: int, epochs: int, tx: optax.GradientTransformation, step: Step
 ) -> dict[str, float]:  # fmt: skip
     """Means over the models of one seed."""
-    rng = np.random.default_rng(seed)
     count = len(world.train_N2D)
-    targets = jnp.asarray(rng.random((count, 1)) >= FLIPS, jnp.float32)
+    right_N1, answers, rng = draw_meta(seed, count)
+    targets = jnp.asarray(right_N1, jnp.float32)
     ones = jnp.ones_like(targets)
-    answers = {shift: draw_answers(count, rng, shift) for shift in (0.0, 1.5)}
     pairs = Preferences(jnp.asarray(world.train_N2D), ones, targets, 0 * ones, None)  # type: ignore[arg-type]
     data = MetaBatch(pairs, jnp.asarray(answers[1.5 if arm.shifted else 0.0]))
     rows = shuffled_rows(np.ones((MODELS, count), bool), epochs, BATCH, rng)

@@ -24,11 +24,12 @@ from matplotlib.axes import Axes
 from experiments.results import keep
 from experiments.reward_digits import CONTRASTS, run_digits
 from experiments.reward_meta import ARMS, run_meta
-from experiments.reward_pairs import run_pairs, run_votes
+from experiments.reward_pairs import read_split, read_votes, run_pairs, run_votes
 from experiments.reward_pilot import CURED_RATES, run_pilot
 from experiments.reward_tables import digits_table, meta_table, pairs_table, pilot_tables, votes_table
 from lmlab.cli import exit_code
 from lmlab.core.errors import check
+from lmlab.label_noise.clean import open_folder
 from lmlab.report.plots import drawing
 
 NAME = "python -m experiments.reward_modeling"
@@ -62,44 +63,40 @@ class Options:
     digit_epochs: int = 8
 
 
-def run(options: Options) -> dict[str, Any]:
-    """All parts, or the one that is asked for."""
+def check_options(options: Options) -> None:
+    """Raise `UserError` where something is wrong with them."""
     check(options.only in ("", *PARTS), "--only", options.only, " or ".join(PARTS))
     for name in ("pairs", "votes"):
         path = getattr(options, name)
         check(options.only != name or bool(path), f"--{name}", path, "a file")
         check(not path or Path(path).is_file(), f"--{name}", path, "a file that is there")
     check(not options.votes or options.votes.endswith(".jsonl.gz"), "--votes", options.votes, "a file .jsonl.gz")
-    for name, least in {
-        "seeds": 1,
-        "vectors": 50,
-        "epochs": 5,
-        "meta_epochs": 1,
-        "digits": 50,
-        "digit_epochs": 1,
-    }.items():
-        check(
-            getattr(options, name) >= least, f"--{name.replace('_', '-')}", getattr(options, name), f"at least {least}"
-        )
+    sizes = {"seeds": 1, "vectors": 200, "epochs": 5, "meta_epochs": 1, "digits": 50, "digit_epochs": 1}
+    for name, least in sizes.items():
+        value = getattr(options, name)
+        check(value >= least, f"--{name.replace('_', '-')}", value, f"at least {least}")
+
+
+def run(options: Options) -> dict[str, Any]:
+    """All parts, or the one that is asked for."""
+    check_options(options)
     if options.smoke:
         options = replace(options, seeds=2, vectors=200, epochs=5, meta_epochs=1, digits=64, digit_epochs=1)
     arms, contrasts = (SMOKE_ARMS, CONTRASTS[-1:]) if options.smoke else (tuple(ARMS), CONTRASTS)
+    wanted = lambda name: options.only in ("", name)
+    # Files are read before anything is trained.
+    pairs = read_split(options.pairs) if options.pairs and wanted("pairs") else None
+    votes = read_votes(options.votes) if options.votes and wanted("votes") else None
+    open_folder(Path(options.out))
+    skipped = lambda name: {"skipped": f"no file was named (--{name})"}
     parts: dict[str, Callable[[], Any]] = {
         "vectors": lambda: run_pilot(options.seeds, options.vectors, options.epochs),
         "meta": lambda: run_meta(options.seeds, options.vectors, options.meta_epochs, arms),
         "digits": lambda: run_digits(options.seeds, options.digits, options.digit_epochs, contrasts),
-        "pairs": lambda: run_pairs(options.pairs, options.seeds),
-        "votes": lambda: run_votes(options.votes, options.seeds),
+        "pairs": lambda: run_pairs(pairs, options.seeds) if pairs else skipped("pairs"),
+        "votes": lambda: run_votes(votes, options.seeds) if votes else skipped("votes"),
     }
-    result: dict[str, Any] = {"options": asdict(options)}
-    for name, part in parts.items():
-        if options.only not in ("", name):
-            continue
-        if name in ("pairs", "votes") and not getattr(options, name):
-            result[name] = {"skipped": f"no file was named (--{name})"}
-        else:
-            result[name] = part()
-    return result
+    return {"options": asdict(options)} | {name: part() for name, part in parts.items() if wanted(name)}
 
 
 def table(result: dict[str, Any]) -> str:

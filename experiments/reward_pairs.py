@@ -1,7 +1,6 @@
 """Planted flips in real pairs, and how strength goes with the agreement of people, by heads on hashed words."""
 
-import gzip
-import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +10,87 @@ import numpy as np
 
 from experiments.results import say
 from experiments.reward_pilot import LEAST_RATE
+from lmlab.core.errors import check
+from lmlab.data.config import Files
+from lmlab.data.files import read_records
 from lmlab.data.pair_records import Pair
 from lmlab.evals.ranking import auc
 from lmlab.label_noise.config import LabelNoise
 from lmlab.label_noise.features import word_features
-from lmlab.label_noise.read import read_file
+from lmlab.label_noise.read import Found, group_pairs, read_file
 from lmlab.label_noise.scores import cross_fitted, head_differences, make_head, train_heads
 from lmlab.objectives import treatments as cure
 from lmlab.objectives.strength import fit_noise, noise_rate
 from lmlab.objectives.treatments import Treatment
 
-FLIPS, MODELS, FIFTHS = 0.2, 5, 5
+FLIPS, MODELS, FIFTHS, LEAST = 0.2, 5, 5, 40
+"""Planted flips; models of an arm; parts by strength; prompts that are enough for folds, and for some flips."""
 
 
-def run_pairs(path: str, seeds: int) -> dict[str, Any]:
-    """Of a file of pairs with a field "split": flips found in the training part, accuracy of each arm on the other."""
+@dataclass(frozen=True)
+class Votes:
+    """Pairs that the first of three people ordered."""
+
+    pairs: list[Pair]
+    agreement_N: np.ndarray
+    """The share of the other two who agree; a tie is half."""
+
+
+def read_split(path: str) -> Found:
+    """Pairs with a field "split". Raises `UserError`: too few to train on, none to test."""
     found = read_file(Path(path), "drop")
-    args = LabelNoise(path)
+    train = [pair for pair, record in zip(found.pairs, found.records, strict=True) if record.get("split") != "test"]
+    check(len(train) < len(found.pairs), "--pairs", path, 'some pairs with "split": "test"')
+    prompts = int(group_pairs(train).max()) + 1 if train else 0
+    check(prompts >= LEAST, "--pairs", path, f"pairs of at least {LEAST} prompts to train on", f"There are {prompts}.")
+    return found
+
+
+def read_votes(path: str) -> Votes:
+    """Answers with three votes; what is a tie to the first is left out. Raises `UserError`: another shape, too few.
+
+    A file as of PandaLM: instruction, response1, response2, annotator1 to annotator3; a vote is 0 (tie), 1 or 2.
+    """
+    pairs, agreement = [], []
+    for where, record in read_records(Files(path), [(Path(path).name, Path(path))]):
+        needed = ("instruction", "response1", "response2", "annotator1", "annotator2", "annotator3")
+        whole = isinstance(record, dict) and set(needed) <= record.keys()
+        check(whole, "--votes", where, f"a record with {', '.join(needed)}")
+        assert isinstance(record, dict)
+        votes = [record[name] for name in needed[3:]]
+        check(all(str(vote) in ("0", "1", "2") for vote in votes), "--votes", where, "votes of 0, 1 or 2")
+        first, *others = map(int, votes)
+        if first:
+            # One answer is the JSON value false.
+            answers = [str(record[name]) for name in ("response1", "response2")]
+            chosen, rejected = answers if first == 1 else answers[::-1]
+            pairs.append(Pair(where, str(record["instruction"]), chosen, rejected))
+            agreement.append(np.mean([0.5 if vote == 0 else float(vote == first) for vote in others]))
+    agreement_N = np.asarray(agreement)
+    prompts = int(group_pairs(pairs).max()) + 1 if pairs else 0
+    check(prompts >= LEAST, "--votes", path, f"votes on at least {LEAST} prompts", f"There are {prompts}.")
+    check(0 < np.sum(agreement_N < 0.5) < len(pairs), "--votes", path, "people who sometimes agree, and sometimes not")
+    return Votes(pairs, agreement_N)
+
+
+def run_pairs(found: Found, seeds: int) -> dict[str, Any]:
+    """Of pairs with a field "split": flips found in the training part, accuracy of each arm on the other."""
+    args = LabelNoise("")
     features = word_features(found.pairs, args.dimensions)
     test_N = np.asarray([record.get("split") == "test" for record in found.records])
+    groups_N = group_pairs([pair for pair, test in zip(found.pairs, test_N, strict=True) if not test])
     say(f"real pairs: {np.sum(~test_N):,} to train on, {np.sum(test_N):,} to test")
-    result = [_one_seed(features[~test_N], features[test_N], args, seed) for seed in range(seeds)]
+    result = [_one_seed(features[~test_N], groups_N, features[test_N], args, seed) for seed in range(seeds)]
     return {"train": int(np.sum(~test_N)), "test": int(np.sum(test_N)), "seeds": result}
 
 
-def _one_seed(features: np.ndarray, tests: np.ndarray, args: LabelNoise, seed: int) -> dict[str, Any]:
+def _one_seed(
+    features: np.ndarray, groups_N: np.ndarray, tests: np.ndarray, args: LabelNoise, seed: int
+) -> dict[str, Any]:  # fmt: skip
     rng = np.random.default_rng(seed)
     flips_N = rng.random(len(features)) < FLIPS
     none_N = np.zeros(len(features), bool)
-    given, planted = cross_fitted(features, np.stack([none_N, flips_N]), args, rng)
+    given, planted = cross_fitted(features, np.stack([none_N, flips_N]), groups_N, args, rng)
     mu = jnp.asarray(planted.mean(axis=0))
     found: dict[str, Any] = {
         "auc": auc(-planted.mean(axis=0), flips_N), "agreement, as given": float(np.mean(given.mean(axis=0) > 0))
@@ -72,28 +123,16 @@ def arms(mu: jax.Array, flips_N: jax.Array) -> dict[str, Treatment]:
     }
 
 
-def run_votes(path: str, seeds: int) -> list[dict[str, Any]]:
-    """Of answers with three votes: how often the other two agree with the first, by fifth of the strength of its label.
-
-    A file as of PandaLM: instruction, response1, response2, annotator1 to annotator3; a vote is 0 (tie), 1 or 2.
-    """
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        records = [record for record in map(json.loads, lines) if int(record["annotator1"])]
-    pairs, agreement = [], []
-    for number, record in enumerate(records):
-        first, *others = (int(record[f"annotator{i}"]) for i in (1, 2, 3))
-        # One answer is the JSON value false.
-        answers = [str(record[name]) for name in ("response1", "response2")]
-        chosen, rejected = answers if first == 1 else answers[::-1]
-        pairs.append(Pair(str(number), record["instruction"], chosen, rejected))
-        agreement.append(np.mean([0.5 if vote == 0 else float(vote == first) for vote in others]))
-    agreement_N = np.asarray(agreement)
-    say(f"votes: {len(pairs):,} pairs, others agree with {agreement_N.mean():.1%}")
-    args = LabelNoise(path)
-    features = word_features(pairs, args.dimensions)
+def run_votes(votes: Votes, seeds: int) -> list[dict[str, Any]]:
+    """How often the other two people agree with the first, by fifth of the strength of the first one's label."""
+    agreement_N = votes.agreement_N
+    say(f"votes: {len(votes.pairs):,} pairs, others agree with {agreement_N.mean():.1%}")
+    args = LabelNoise("")
+    features, groups_N = word_features(votes.pairs, args.dimensions), group_pairs(votes.pairs)
     result = []
     for seed in range(seeds):
-        scores = cross_fitted(features, np.zeros((1, len(pairs)), bool), args, np.random.default_rng(seed))
+        none_1N = np.zeros((1, len(votes.pairs)), bool)
+        scores = cross_fitted(features, none_1N, groups_N, args, np.random.default_rng(seed))
         mean_N = scores[0].mean(axis=0)
         fifths = np.array_split(np.argsort(mean_N), FIFTHS)
         result.append({

@@ -104,7 +104,7 @@ def adam(steps: int) -> optax.GradientTransformation:
 def training(steps: int) -> tuple[optax.GradientTransformation, Step]:
     """The same step for every seed, so that it is compiled once."""
     tx = adam(steps)
-    return tx, make_step(reward_pairs(HEAD.rewards, lengths=None), tx)
+    return tx, make_step(reward_pairs(HEAD.rewards), tx)
 
 
 def trained(
@@ -161,10 +161,13 @@ def _found(strength: Any, labelled_MN: np.ndarray, flips_N: np.ndarray, world: W
     gaps_N = -np.diff(world.truth(world.train_N2D.astype(np.float64)), axis=1)[:, 0]
     clear = gaps_N > np.median(gaps_N)
     tenths = np.array_split(np.argsort(mean_N), 10)
-    return {
+    # Without flips there is nothing to rank.
+    ranked = {} if not flips_N.any() else {
         "auc": auc(-mean_N, flips_N),
         "auc of one member": float(np.mean([auc(-row_N, flips_N) for row_N in labelled_MN])),
         "auc of clear pairs": auc(-mean_N[clear], flips_N[clear]),
+    }  # fmt: skip
+    return ranked | {
         "below 0": float(np.mean(mean_N < 0)),
         "noise rate": float(fit_noise(strength.mean_N)[1]),
         "by confident learning": float(noise_rate(jax.nn.sigmoid(strength.mean_N))),

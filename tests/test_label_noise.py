@@ -78,7 +78,7 @@ def test_flips_are_found_and_turned_back_and_the_page_tells_them(folder, capsys)
 def test_what_is_done_to_suspects(folder):
     records = make_pairs(60, 6)
     for record in records:
-        record |= {"weight": 2.0, "margin": 0.5}
+        record |= {"weight": 2.0, "margin": 0.5, "target": 0.9}
     write(folder / "pairs.jsonl.gz", records)
     made = {}
     for treat in ("soft", "weight", "drop", "flip", "none"):
@@ -95,12 +95,37 @@ def test_what_is_done_to_suspects(folder):
     for record, weighed, flipped, row, bad in zip(records, made["weight"], made["flip"], rows, suspects, strict=True):
         assert weighed["weight"] == pytest.approx(2 * row["target"] if bad else 2, abs=1e-5)
         assert flipped["margin"] == (-0.5 if bad else 0.5)
+        assert flipped["target"] == (0.1 if bad else 0.9)
         assert ("flipped" in flipped) == bad
         assert record["chosen"] == (flipped["rejected"] if bad else flipped["chosen"])
     # The same input gives the same bytes.
     again = ["label-noise", "pairs.jsonl.gz", "--out", "again", *WORDS[4:], "--treat", "soft", "--share", "0.1"]
     assert main(again) == 0
     assert (folder / "again/cleaned.jsonl.gz").read_bytes() == (folder / "soft/cleaned.jsonl.gz").read_bytes()
+
+
+ASKED = ({"role": "user", "content": "what?"},)
+SILENT = ({"role": "user", "content": " "},)
+
+
+@pytest.mark.parametrize("prompts", [["a", "b", ASKED, ""], ["", " ", SILENT], ["a"], [ASKED]])
+def test_copies_of_a_pair_and_pairs_of_one_prompt_are_in_one_fold(prompts):
+    from lmlab.data.pair_records import Pair
+    from lmlab.label_noise.read import group_pairs
+    from lmlab.label_noise.scores import deal_folds
+
+    texts = [(prompt, f"good {i}", f"bad {i}") for prompt in prompts for i in range(5)]
+    # Each twice, the second time turned round.
+    pairs = [Pair("", *text) for text in texts] + [Pair("", prompt, bad, good) for prompt, good, bad in texts]
+    groups = group_pairs(pairs)
+    folds = deal_folds(groups, 3, 20, np.random.default_rng(0))
+    np.testing.assert_array_equal(folds[:, : len(texts)], folds[:, len(texts) :])
+    assert all(sorted(set(row)) == [0, 1, 2] for row in folds.tolist())
+    for prompt in prompts:
+        mine = [i for i, pair in enumerate(pairs) if pair.prompt == prompt]
+        telling = len(prompts) > 1 and prompt in ("a", "b", ASKED)
+        assert len(set(groups[mine].tolist())) == (1 if telling else 5)
+    assert sorted(set(groups.tolist())) == list(range(groups.max() + 1))
 
 
 def test_soft_targets_are_read_by_training(folder):
@@ -174,12 +199,18 @@ RUDE = [
     ([PAIR, {**PAIR, "chosen": " "}], ["pairs.jsonl"], ("pairs.jsonl:2", "not empty", "chosen")),
     ([PAIR, "text"], ["pairs.jsonl"], ("pairs.jsonl:2", "JSON object")),
     ([{**PAIR, "rejected": "a b"}], ["pairs.jsonl"], ("different answers", "1 of equal answers")),
-    ([PAIR, {**PAIR, "chosen": "e"}], ["pairs.jsonl"], ("at least 5 pairs", "There are 2")),
+    ([PAIR, {**PAIR, "chosen": "e"}], ["pairs.jsonl"], ("at least 5 prompts", "There are 2")),
+    ([PAIR] * 9, ["pairs.jsonl"], ("at least 5 prompts", "There are 1")),
     (None, ["pairs.jsonl", "--folds", "1"], ("--folds", "at least 2")),
     (None, ["pairs.jsonl", "--rounds", "1"], ("--rounds", "at least 2")),
     (None, ["pairs.jsonl", "--share", "0.9"], ("--share", "below 0.5")),
     (None, ["pairs.jsonl", "--planted", "-1"], ("--planted", "below 0.5")),
     (None, ["pairs.jsonl", "--head.rate", "0"], ("--head.rate", "positive")),
+    (None, ["pairs.jsonl", "--head.rate", "inf"], ("--head.rate", "positive")),
+    (None, ["pairs.jsonl", "--head.decay", "nan"], ("--head.decay", "0 or more")),
+    (None, ["pairs.jsonl", "--head.decay", "inf"], ("--head.decay", "0 or more")),
+    (None, ["pairs.jsonl", "--seed", "-1"], ("--seed", "from 0")),
+    (None, ["pairs.jsonl", "--head.rate", "1e30"], ("--head.rate", "not finite")),
     (None, ["pairs.jsonl", "--head.epochs", "0"], ("--head.epochs", "at least 1")),
     (None, ["pairs.jsonl", "--model", "nowhere"], ("--model", "nowhere")),
     (None, ["pairs.jsonl", "--model", "empty"], ("empty",)),
@@ -200,15 +231,23 @@ def test_rude_input_gets_one_line_and_leaves_nothing(folder, capsys, records, wo
     assert not (folder / "out").exists() or not os.listdir(folder / "out")
 
 
-def test_an_input_is_never_overwritten(folder, capsys):
+@pytest.mark.parametrize("name", ["cleaned.jsonl", "strength.jsonl", "report.html"])
+def test_an_input_is_never_overwritten(folder, capsys, name):
     (folder / "out").mkdir()
-    write(folder / "out/cleaned.jsonl", make_pairs())
-    before = (folder / "out/cleaned.jsonl").read_bytes()
-    assert main(["label-noise", "out/cleaned.jsonl", *WORDS[2:]]) == 2
-    assert "never overwritten" in one_line(capsys)
-    assert (folder / "out/cleaned.jsonl").read_bytes() == before
-    (folder / "link.jsonl").symlink_to(folder / "out/cleaned.jsonl")
-    assert main(["label-noise", "link.jsonl", *WORDS[2:]]) == 2
+    write(folder / "out" / name, make_pairs())
+    before = (folder / "out" / name).read_bytes()
+    (folder / "link.jsonl").symlink_to(folder / "out" / name)
+    for data in ["link.jsonl", f"out/{name}"][: 1 if name.endswith("html") else 2]:
+        assert main(["label-noise", data, *WORDS[2:]]) == 2
+        assert f"{name} is written there, and an input is never overwritten" in one_line(capsys)
+    assert (folder / "out" / name).read_bytes() == before
+
+
+def test_files_of_one_beginning_have_folders_of_their_own(folder):
+    for name in ("hh.train.jsonl", "hh.test.jsonl.gz"):
+        write(folder / name, make_pairs(20, 0))
+        assert main(["label-noise", name, *WORDS[4:], "--head.epochs", "1"]) == 0
+    assert sorted(os.listdir(folder / "runs")) == ["hh.test-label-noise", "hh.train-label-noise"]
 
 
 def test_a_folder_in_the_way_of_a_file(folder, capsys):

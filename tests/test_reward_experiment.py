@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import reward_digits as digits
+from experiments import reward_meta as meta
 from experiments import reward_modeling as experiment
 from experiments import reward_pilot as pilot
 from lmlab.objectives.treatments import Treatment
@@ -36,6 +37,7 @@ def test_the_experiment_runs_and_writes_what_it_found(tmp_path, capsys):
     assert [len(result[part]) for part in ("vectors", "digits", "votes")] == [2, 2, 2]
     for seed in result["vectors"]:
         assert set(seed["detection"]) == {"0", "0.1", "0.2", "0.3", "0.4"}
+        assert not any("auc" in name for by in seed["detection"]["0"].values() for x in by.values() for name in x)
         found = seed["detection"]["0.2"]
         assert {kind: list(by) for kind, by in found.items()} == {"in-sample": ["1", "5"], "out-of-fold": ["1", "5"]}
         assert 0.5 < found["out-of-fold"]["5"]["auc"] <= 1
@@ -69,6 +71,42 @@ def test_rude_input_gets_one_line(words, said, capsys):
     assert said in capsys.readouterr().err
 
 
+VOTE = {"instruction": "q", "response1": "a", "response2": "b", "annotator1": 1, "annotator2": 1, "annotator3": 2}
+PAIRS = [{"prompt": f"q {i}", "chosen": "a", "rejected": "b"} for i in range(50)]
+
+
+@pytest.mark.parametrize(
+    ("option", "records", "said"),
+    [
+        ("--pairs", PAIRS, '"split": "test"'),
+        ("--pairs", [{**pair, "split": "test"} for pair in PAIRS], "There are 0"),
+        ("--pairs", [*PAIRS[:3], {**PAIRS[3], "split": "test"}], "There are 3"),
+        ("--votes", [{"instruction": "q", "response1": "a", "response2": "b"}], "annotator1"),
+        ("--votes", [{**VOTE, "annotator2": None}], "0, 1 or 2"),
+        ("--votes", ["text"], "x.jsonl.gz:1"),
+        ("--votes", [VOTE] * 50, "There are 1"),
+        ("--votes", [{**VOTE, "response1": str(i)} for i in range(50)], "sometimes"),
+        ("--votes", None, "can be read"),
+    ],
+)
+def test_rude_files_get_one_line_before_anything_is_trained(tmp_path, capsys, option, records, said):
+    path = tmp_path / "x.jsonl.gz"
+    path.write_text("no gzip file") if records is None else write(path, records)
+    assert experiment.main([option, str(path), "--out", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err.strip()
+    assert said in err
+    assert "\n" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_anything_is_trained(tmp_path, capsys):
+    (tmp_path / "x").write_text("")
+    assert experiment.main(["--out", str(tmp_path / "x" / "out")]) == 2
+    err = capsys.readouterr().err.strip()
+    assert "--out" in err
+    assert "\n" not in err
+
+
 def test_pairs_are_in_their_true_order_and_shifted_where_they_say():
     world = pilot.draw_world(0, 400)
     for pairs in (world.train_N2D, *world.tests.values()):
@@ -78,6 +116,18 @@ def test_pairs_are_in_their_true_order_and_shifted_where_they_say():
     assert abs(world.tests["shifted"][..., 4:].mean()) < 0.1
     again = pilot.draw_world(0, 400)
     np.testing.assert_array_equal(world.train_N2D, again.train_N2D)
+
+
+def test_no_row_of_a_meta_set_is_in_a_test_set():
+    # The coordinates that are not shifted, three in a row: sets that share a stream share them at some offset.
+    def threes(sets):
+        rows = np.concatenate([z.reshape(-1, pilot.WIDTH)[:, 4:] for z in sets])
+        return {three.tobytes() for three in np.lib.stride_tricks.sliding_window_view(rows, 3, axis=1).reshape(-1, 3)}
+
+    for seed in range(2):
+        world, (_, answers, rng) = pilot.draw_world(seed, 50), meta.draw_meta(seed, 50)
+        measured = meta.draw_answers(50, rng, 1.5)
+        assert not threes([*answers.values(), measured]) & threes([world.train_N2D, *world.tests.values()])
 
 
 def test_a_planted_flip_is_learnt_as_one():

@@ -5,6 +5,7 @@ import glob
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -130,7 +131,7 @@ def _open(path: Path) -> IO[bytes]:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError("data.sources", str(path), f"a file that can be read ({error})") from error
 
 
@@ -149,6 +150,9 @@ def _parse(line: str, where: str) -> object:
     except json.JSONDecodeError as error:
         expected = f"a line of JSON ({error.msg} at column {error.colno})"
         raise UserError("data.sources", where, expected) from error
+    except (ValueError, RecursionError) as error:
+        # A number of thousands of digits; brackets in brackets without end.
+        raise UserError("data.sources", where, f"a line of JSON ({error})") from error
 
 
 def _text_of(record: object, where: str, source: Files) -> str:

@@ -31,7 +31,7 @@ def open_folder(folder: Path) -> None:
 def treated(record: dict[str, Any], pair: int, verdict: Verdict, treat: str) -> dict[str, Any] | None:
     """The record as it is written; None: it is left out.
 
-    A flipped one says so ("flipped"), and its margin, if it has one, turns round with it. Other fields stay.
+    A flipped one says so ("flipped"), and margin and target, if it has them, turn round with it. Other fields stay.
     """
     target = round(float(verdict.target_N[pair]), 6)
     if treat == "soft":
@@ -43,7 +43,8 @@ def treated(record: dict[str, Any], pair: int, verdict: Verdict, treat: str) -> 
     if treat == "weight":
         return {**record, "weight": round(record.get("weight", 1.0) * target, 6)}
     turned = {**record, "chosen": record["rejected"], "rejected": record["chosen"], "flipped": True}
-    return turned | ({"margin": -record["margin"]} if "margin" in record else {})
+    turned |= {"margin": -record["margin"]} if "margin" in record else {}
+    return turned | ({"target": round(1 - record["target"], 6)} if "target" in record else {})
 
 
 def strength_rows(found: Found, verdict: Verdict) -> Iterator[dict[str, Any]]:

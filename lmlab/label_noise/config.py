@@ -1,5 +1,6 @@
 """The options of `lmlab label-noise`. Imports no JAX."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -29,8 +30,8 @@ class HeadConfig:
         """Check the sizes."""
         for name in ("hidden", "epochs", "batch"):
             check(getattr(self, name) >= 1, f"--head.{name}", getattr(self, name), "at least 1")
-        check(self.rate > 0, "--head.rate", self.rate, "a positive learning rate")
-        check(self.decay >= 0, "--head.decay", self.decay, "0 or more")
+        check(0 < self.rate < math.inf, "--head.rate", self.rate, "a positive learning rate")
+        check(0 <= self.decay < math.inf, "--head.decay", self.decay, "0 or more, and finite")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class LabelNoise:
     """Features of any model that lmlab reads, frozen: its states at the last token and their mean; empty: hashed words
     and pairs of words by tf-idf, which need no model."""
     folds: int = 5
-    """Parts of the pairs, each of which is judged by members that were trained on the others."""
+    """Parts of the pairs, each of which is judged by members that were trained on the others; pairs of one prompt are
+    in one part."""
     rounds: int = 10
     """Times that the pairs are dealt to folds: as many members judge each pair."""
     planted: float = 0.2
@@ -81,3 +83,4 @@ class LabelNoise:
         check(self.dimensions >= 1, "--dimensions", self.dimensions, "at least 1")
         check(self.length >= 8, "--length", self.length, "at least 8: a prompt, two answers")
         check(self.rows >= 1, "--rows", self.rows, "at least 1")
+        check(0 <= self.seed < 2**32, "--seed", self.seed, "from 0 to 2^32 - 1")

@@ -1,10 +1,13 @@
 """The records of a file of preferences, kept as they are, with the pairs that are read from them."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from lmlab.core.errors import UserError, check
 from lmlab.data.config import Files
@@ -51,6 +54,22 @@ def read_file(path: Path, invalid: Literal["error", "drop"]) -> Found:
     if lost:
         say(f"left out: {lost}")
     return Found(records, pairs, dict(skipped))
+
+
+def group_pairs(pairs: list[Pair]) -> np.ndarray:
+    """The group of each pair, int [N] from 0 without gaps: pairs of one prompt, which share answers and words.
+
+    Where the prompt is empty, or one for all pairs, it tells nothing: then a group is of one prompt and two answers.
+    """
+    same = len({json.dumps(pair.prompt) for pair in pairs}) == 1
+    keys = []
+    for pair in pairs:
+        texts = [pair.prompt] if isinstance(pair.prompt, str) else [message["content"] for message in pair.prompt]
+        alike = same or not any(text.strip() for text in texts)
+        # In either order: a copy may have been turned round.
+        keys.append(json.dumps([pair.prompt, *sorted((pair.chosen, pair.rejected))] if alike else pair.prompt))
+    places: dict[str, int] = {}
+    return np.asarray([places.setdefault(key, len(places)) for key in keys])
 
 
 def answers_of(pairs: list[Pair]) -> Iterator[str]:

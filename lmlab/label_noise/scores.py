@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lmlab.core.errors import check
 from lmlab.core.rng import key_for
 from lmlab.core.types import Array, Params, Preferences
 from lmlab.data.progress import advancing
@@ -55,24 +56,30 @@ class Verdict:
         return "incorrect" if self.suspects_N[pair] else "ambiguous" if self.ambiguous_N[pair] else "normal"
 
 
-def judge(features_N2D: np.ndarray, args: LabelNoise) -> Verdict:
-    """Strength by an ensemble of the given labels; and by another one, some of whose labels are flipped on purpose."""
+def judge(features_N2D: np.ndarray, groups_N: np.ndarray, args: LabelNoise) -> Verdict:
+    """Strength by an ensemble of the given labels; and by another one, some of whose labels are flipped on purpose.
+
+    Raises:
+        UserError: a strength that is not finite.
+    """
     rng = np.random.default_rng(args.seed)
     count = len(features_N2D)
     planted_N = rng.permutation(count) < round(args.planted * count)
     labels = np.stack([np.zeros(count, bool), planted_N]) if planted_N.any() else np.zeros((1, count), bool)
-    scores_LMN = cross_fitted(features_N2D, labels, args, rng)
+    scores_LMN = cross_fitted(features_N2D, labels, groups_N, args, rng)
     strength = preference_strength(jnp.asarray(scores_LMN[0]))
+    finite = np.isfinite(scores_LMN).all() and np.isfinite([strength.mean_N, strength.std_N]).all()
+    check(bool(finite), "--head.rate", args.head.rate, "a rate at which heads can be trained; strength is not finite")
     mean_N = strength.mean_N
     scale, fitted = fit_noise(mean_N, [args.share] if args.share else RATES)
     rate = args.share or float(fitted)
     target_N = posterior(mean_N, max(rate, _LEAST), scale).targets_N
     suspects_N = np.asarray(lowest(mean_N, rate) & (mean_N < 0))
     unsure_N = np.asarray((strength.vote_N < 1) | (mean_N <= 0))
-    check = _planted(scores_LMN[1], planted_N) if len(labels) > 1 else {}
+    found = _planted(scores_LMN[1], planted_N) if len(labels) > 1 else {}
     return Verdict(
         np.asarray(mean_N), np.asarray(strength.std_N), np.asarray(strength.vote_N), np.asarray(target_N), suspects_N,
-        unsure_N & ~suspects_N, rate, float(noise_rate(jax.nn.sigmoid(mean_N))), float(jnp.mean(mean_N > 0)), check,
+        unsure_N & ~suspects_N, rate, float(noise_rate(jax.nn.sigmoid(mean_N))), float(jnp.mean(mean_N > 0)), found,
     )  # fmt: skip
 
 
@@ -83,14 +90,15 @@ def _planted(scores_MN: np.ndarray, planted_N: np.ndarray) -> dict[str, float]:
 
 
 def cross_fitted(
-    features_N2D: np.ndarray, wrong_LN: np.ndarray, args: LabelNoise, rng: np.random.Generator
+    features_N2D: np.ndarray, wrong_LN: np.ndarray, groups_N: np.ndarray, args: LabelNoise, rng: np.random.Generator
 ) -> np.ndarray:  # fmt: skip
     """Differences [L, rounds, N] by members that did not see the pair, of L versions of the labels.
 
-    wrong_LN: which labels each version turns round; its differences are those of its own labels.
+    wrong_LN: which labels each version turns round; its differences are those of its own labels. groups_N: as
+    `group_pairs` numbers them; a group is in one fold.
     """
     count = len(features_N2D)
-    folds_RN = np.stack([rng.permutation(count) % args.folds for _ in range(args.rounds)])
+    folds_RN = deal_folds(groups_N, args.folds, args.rounds, rng)
     unseen_KN = (folds_RN[:, None] != np.arange(args.folds)[None, :, None]).reshape(-1, count)
     head = make_head(args.head, features_N2D.shape[-1])
     given = as_given(jnp.zeros((len(wrong_LN) * len(unseen_KN), count)))
@@ -102,6 +110,11 @@ def cross_fitted(
         np.asarray(out_of_fold(jnp.asarray(raw_RFN), jnp.asarray(folds_RN))) * np.where(wrong_N, -1, 1)
         for raw_RFN, wrong_N in zip(raw_LRFN, wrong_LN, strict=True)
     ])  # fmt: skip
+
+
+def deal_folds(groups_N: np.ndarray, folds: int, rounds: int, rng: np.random.Generator) -> np.ndarray:
+    """The fold of each pair [rounds, N], the same for all pairs of a group; folds have equally many groups."""
+    return np.stack([(rng.permutation(groups_N.max() + 1) % folds)[groups_N] for _ in range(rounds)])
 
 
 def make_head(config: HeadConfig, width: int) -> FeatureHead:
@@ -118,7 +131,7 @@ def train_heads(
     rows = shuffled_rows(allowed_KN, config.epochs, min(config.batch, int(allowed_KN.sum(axis=1).min())), rng)
     rate = optax.linear_schedule(config.rate, 0.1 * config.rate, len(rows))
     tx = optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=config.decay)
-    step = make_step(reward_pairs(head.rewards, lengths=None), tx)
+    step = make_step(reward_pairs(head.rewards), tx)
     states = new_members(head.init, tx, jax.random.split(key_for(jax.random.key(args.seed), "heads"), len(rows[0])))
     targets, margins, weights = (x_KN[..., None] for x_KN in treated)
     data: Any = Preferences(jnp.asarray(features_N2D), weights, targets, margins, None)  # type: ignore[arg-type]

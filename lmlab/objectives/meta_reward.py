@@ -60,7 +60,8 @@ def at_random(gradient: Params, key: Key) -> Params:
 
 
 def meta_reward(
-    objective: Objective, spread: Spread, eta: float, *, second_order: bool = False, direct: Direct = along_gradient
+    objective: Objective, spread: Spread, eta: float, *, second_order: bool = False, direct: Direct = along_gradient,
+    still: tuple[str, ...] = (),
 ) -> Objective:  # fmt: skip
     """The objective at theta' = theta + eta grad J(theta), for a `MetaBatch`; its gradient moves theta.
 
@@ -71,21 +72,25 @@ def meta_reward(
         second_order: whether theta' is differentiated as well: (I + eta Hess J) grad L(theta') in place of
             grad L(theta'). Costs a gradient of a gradient.
         direct: what is gone along in place of the gradient: for controls.
+        still: parts of the parameters that stay where they are, as `State.still` names them.
 
     Metrics: the objective's, at theta', and `spread`, J at theta: where the loss at theta' is least, theta lies lower
     on J than theta' does. Microbatches share out the samples too, and each takes the step of its own.
     """
 
     def wrapped(params: Params, batch: MetaBatch, key: Key) -> Terms:
-        def mean_spread(params: Params) -> tuple[Array, Ratio]:
-            ratio = spread(params, batch.samples)
+        fixed = {name: params[name] for name in still}
+        moving = {name: part for name, part in params.items() if name not in still} if still else params
+
+        def mean_spread(moving: Params) -> tuple[Array, Ratio]:
+            ratio = spread({**moving, **fixed} if still else moving, batch.samples)
             return ratio.sum / jnp.maximum(ratio.weight, 1), ratio
 
-        gradient, seen = jax.grad(mean_spread, has_aux=True)(params)
+        gradient, seen = jax.grad(mean_spread, has_aux=True)(moving)
         step = jax.tree.map(lambda g: eta * g, direct(gradient, key_for(key, "direction")))
         step = step if second_order else jax.lax.stop_gradient(step)
-        ahead = jax.tree.map(lambda p, s: p + s.astype(p.dtype), params, step)
-        terms = objective(ahead, batch.pairs, key)
+        ahead = jax.tree.map(lambda p, s: p + s.astype(p.dtype), moving, step)
+        terms = objective({**ahead, **fixed} if still else ahead, batch.pairs, key)
         return replace(terms, metrics={**terms.metrics, "spread": jax.lax.stop_gradient(seen)})
 
     return wrapped

@@ -5,7 +5,7 @@ target q, the probability that it is right, of the margin m, and of the weight o
 label smoothing q = 1 - a; a flipped label q = 0, whose margin needs no new sign; `lmlab.objectives.treatments`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
@@ -13,13 +13,10 @@ import jax.numpy as jnp
 
 from lmlab.core.masking import masked_ratio
 from lmlab.core.types import Array, Key, Objective, Params, Preferences, Terms
-from lmlab.objectives.logprobs import answer_lengths
 
 Rewards: TypeAlias = Callable[[Params, Any], Array]
 """`rewards(params, answers) -> rewards_BS` float32: of an `AnswerBatch` (`lmlab.models.reward`), or of any other pytree
 that stands for answers."""
-Lengths: TypeAlias = Callable[[Any], Array]
-"""`lengths(answers) -> lengths_BS`."""
 
 
 def preference_loss(differences: Array, targets: Array | float = 1.0, margins: Array | float = 0.0) -> Array:
@@ -41,19 +38,16 @@ def unbiased_targets(targets: Array | float, flips: float) -> Array | float:
     return (targets - flips) / (1 - 2 * flips)
 
 
-def reward_pairs(
-    rewards: Rewards, *, center: float = 0.0, margin_scale: float = 1.0, lengths: Lengths | None = answer_lengths
-) -> Objective:  # fmt: skip
+def reward_pairs(rewards: Rewards, *, center: float = 0.0, margin_scale: float = 1.0) -> Objective:
     """Objective: the mean of `preference_loss` over `Preferences`, with their weights, targets and margins.
 
     Args:
         rewards: of answers.
         center: coefficient of the mean of (r_chosen + r_rejected)^2, which keeps rewards near 0 (arXiv 2312.09244).
         margin_scale: factor of the margins, which are in the units of the rewards that they were read from.
-        lengths: of answers; None: they have none, and no metrics of it.
 
     Metrics: `accuracy` (share of pairs with d > 0, whatever the margin; of d = 0: half), `margin` (mean of d), `reward`
-    and `reward/square` over all answers, and what `length_correlation` makes one of.
+    and `reward/square` over all answers.
     """
 
     def objective(params: Params, batch: Preferences, key: Key) -> Terms:
@@ -70,32 +64,9 @@ def reward_pairs(
         metrics = {"accuracy": masked_ratio((jnp.sign(margin_BP) + 1) / 2, weights_BP)}
         metrics["margin"] = masked_ratio(margin_BP, weights_BP)
         both_BS = jnp.repeat(weights_BP, 2, axis=1)
-        values = _moments(rewards_BS, None if lengths is None else lengths(batch.answers))
-        metrics |= {name: masked_ratio(value_BS, both_BS) for name, value_BS in values.items()}
+        metrics["reward"] = masked_ratio(rewards_BS, both_BS)
+        metrics["reward/square"] = masked_ratio(jnp.square(rewards_BS), both_BS)
         scales: dict[str, Array | float] = {name: center if name == "center" else 1.0 for name in losses}
         return Terms(losses, scales, jax.lax.stop_gradient(metrics))
 
     return objective
-
-
-def _moments(rewards_BS: Array, lengths_BS: Array | None) -> dict[str, Array]:
-    """What means, squares and the correlation with the length are means of."""
-    found = {"reward": rewards_BS, "reward/square": jnp.square(rewards_BS)}
-    if lengths_BS is not None:
-        found |= {
-            "length": lengths_BS,
-            "length/square": jnp.square(lengths_BS),
-            "reward/length": rewards_BS * lengths_BS,
-        }
-    return found
-
-
-def length_correlation(metrics: Mapping[str, Array]) -> Array:
-    """Correlation of rewards and lengths of answers [], from the metrics of `reward_pairs`; 0 where either is constant.
-
-    A reward that is the length in disguise shows here.
-    """
-    covariance = metrics["reward/length"] - metrics["reward"] * metrics["length"]
-    spread = [metrics[f"{name}/square"] - jnp.square(metrics[name]) for name in ("reward", "length")]
-    scale = jnp.sqrt(jnp.maximum(spread[0], 0) * jnp.maximum(spread[1], 0))
-    return jnp.where(scale > 0, covariance / jnp.where(scale > 0, scale, 1), 0)

@@ -202,3 +202,20 @@ def test_tfds_faults(prepared, tmp_path):
     unprepared = fault(Tfds("lm1b", data_dir=prepared), tmp_path)
     assert "prepared under" in unprepared
     assert "tfds build lm1b --file_format=array_record" in unprepared
+
+
+def test_a_packed_file_with_a_broken_middle(tmp_path):
+    packed = bytearray(gzip.compress(b'{"text": "a"}\n' * 3))
+    packed[10] = 0xFF  # the first byte behind the header: a kind of block that there is not
+    (tmp_path / "x.jsonl.gz").write_bytes(packed)
+    message = fault(Files(f"{tmp_path}/x.jsonl.gz"), tmp_path)
+    assert "x.jsonl.gz" in message
+    assert "a file that can be read" in message
+
+
+@pytest.mark.parametrize("line", ["1" * 5000, "[" * 200_000])
+def test_json_that_python_does_not_read(tmp_path, line):
+    (tmp_path / "x.jsonl").write_text(f'{{"text": "a"}}\n{line}\n')
+    message = fault(Files(f"{tmp_path}/x.jsonl"), tmp_path)
+    assert "x.jsonl:2" in message
+    assert "a line of JSON" in message

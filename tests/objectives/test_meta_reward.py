@@ -9,7 +9,7 @@ import pytest
 
 from lmlab.core.types import Preferences, Ratio, Terms
 from lmlab.models.reward import mlp_head, reward_model
-from lmlab.objectives.meta_reward import MetaBatch, answer_spread, at_random, meta_reward
+from lmlab.objectives.meta_reward import MetaBatch, along_gradient, answer_spread, at_random, meta_reward
 from lmlab.objectives.reward import preference_loss, reward_pairs
 from lmlab.testing.tiny import lively, random_preferences, tiny_lm
 from lmlab.train.step import ratio_value, total_loss
@@ -80,7 +80,7 @@ def loss_of(objective, batch):
     return loss
 
 
-PLAIN = reward_pairs(HEAD.rewards, lengths=None)
+PLAIN = reward_pairs(HEAD.rewards)
 
 
 def test_a_step_of_length_0_is_the_objective_bit_for_bit():
@@ -97,6 +97,27 @@ def test_first_order_is_the_gradient_at_the_point_ahead():
     found = jax.value_and_grad(loss_of(meta_reward(PLAIN, spread, eta), batch))(params)
     chex.assert_trees_all_close(found, expected, rtol=1e-6)
     assert ratio_value(spread(ahead, batch.samples)) > ratio_value(spread(params, batch.samples))
+
+
+@pytest.mark.parametrize("direct", [along_gradient, at_random])
+def test_parts_that_stand_still_do_not_go_ahead(direct):
+    params, seen = HEAD.init(KEY), []
+    name, *others = params
+    assert others
+
+    def recording(params, batch, key):
+        seen.append(params)
+        return PLAIN(params, batch, key)
+
+    def lengths(gradient, key):
+        assert set(gradient) == set(others)
+        return direct(gradient, key)
+
+    terms = meta_reward(recording, spread, 0.7, direct=lengths, still=(name,))(params, make_batch(), KEY)
+    assert terms.losses["preference"].weight == 6
+    chex.assert_trees_all_equal(seen[0][name], params[name])
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), seen[0], params)
+    assert any(jax.tree.leaves([moved[other] for other in others]))
 
 
 def in_float64(params, batch, key):

@@ -10,7 +10,7 @@ import pytest
 
 from lmlab.core.types import Preferences
 from lmlab.objectives import treatments as cure
-from lmlab.objectives.reward import length_correlation, preference_loss, reward_pairs, unbiased_targets
+from lmlab.objectives.reward import preference_loss, reward_pairs, unbiased_targets
 from lmlab.train.step import ratio_value, total_loss
 
 RNG = np.random.default_rng(0)
@@ -91,7 +91,7 @@ def mean_loss(objective, params, batch):
 def test_the_objective_is_the_weighted_mean_over_pairs():
     targets, margins = jnp.asarray(RNG.random((5, 2)), jnp.float32), jnp.asarray(RNG.normal(size=(5, 2)), jnp.float32)
     batch = batch_of(REWARDS, WEIGHTS, targets, margins)
-    objective = reward_pairs(TAKE, lengths=None, margin_scale=0.5, center=0.1)
+    objective = reward_pairs(TAKE, margin_scale=0.5, center=0.1)
     d, both = REWARDS[:, ::2] - REWARDS[:, 1::2], REWARDS[:, ::2] + REWARDS[:, 1::2]
     expected = np.average(loss(d, targets, 0.5 * margins), weights=WEIGHTS) + 0.1 * np.average(both**2, weights=WEIGHTS)
     assert mean_loss(objective, jnp.zeros(()), batch) == pytest.approx(expected, rel=1e-5)
@@ -104,7 +104,7 @@ def test_the_objective_is_the_weighted_mean_over_pairs():
 
 
 def test_ties_are_half_right():
-    terms = reward_pairs(TAKE, lengths=None)(jnp.zeros(()), batch_of(jnp.zeros((2, 2)), jnp.ones((2, 1))), KEY)
+    terms = reward_pairs(TAKE)(jnp.zeros(()), batch_of(jnp.zeros((2, 2)), jnp.ones((2, 1))), KEY)
     assert ratio_value(terms.metrics["accuracy"]) == 0.5
 
 
@@ -112,28 +112,17 @@ def test_what_both_answers_share_changes_no_loss_but_the_centring():
     shift = jnp.asarray(RNG.normal(size=(5, 1)), jnp.float32)
     batch = batch_of(REWARDS, WEIGHTS)
     for center, same in ((0.0, True), (0.1, False)):
-        objective = reward_pairs(TAKE, lengths=None, center=center)
+        objective = reward_pairs(TAKE, center=center)
         values = [float(mean_loss(objective, by, batch)) for by in (jnp.zeros((1, 1)), shift)]
         assert (values[0] == pytest.approx(values[1], rel=1e-5)) == same
 
 
 def test_a_pair_that_weighs_nothing_may_hold_anything():
     broken = REWARDS.at[3].set(jnp.inf)
-    objective = reward_pairs(TAKE, lengths=None)
+    objective = reward_pairs(TAKE)
     value, slope = jax.value_and_grad(lambda p: mean_loss(objective, p, batch_of(broken, WEIGHTS)))(jnp.zeros((5, 4)))
     assert value == pytest.approx(float(mean_loss(objective, jnp.zeros(()), batch_of(REWARDS, WEIGHTS))))
     assert not slope[3].any()
-
-
-def test_the_correlation_with_the_length_is_that_of_all_answers():
-    lengths = jnp.asarray(RNG.integers(1, 30, REWARDS.shape), jnp.float32)
-    weights = jnp.ones((5, 2))
-    objective = reward_pairs(TAKE, lengths=lambda rewards: lengths)
-    metrics = objective(jnp.zeros(()), batch_of(REWARDS, weights), KEY).metrics
-    found = length_correlation({name: ratio_value(ratio) for name, ratio in metrics.items()})
-    assert found == pytest.approx(np.corrcoef(REWARDS.ravel(), lengths.ravel())[0, 1], abs=1e-5)
-    constant = objective(jnp.zeros(()), batch_of(jnp.ones((5, 4)), weights), KEY).metrics
-    assert length_correlation({name: ratio_value(ratio) for name, ratio in constant.items()}) == 0
 
 
 MU = jnp.asarray([-2.0, -0.5, 0.1, 0.4, 1.0, 3.0, -1.0, 2.0, 0.2, 0.3])

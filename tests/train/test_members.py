@@ -15,7 +15,7 @@ from lmlab.train.step import make_step
 
 RNG = np.random.default_rng(0)
 HEAD, TX = mlp_head(3, 4), optax.adam(1e-2)
-STEP = make_step(reward_pairs(HEAD.rewards, lengths=None), TX)
+STEP = make_step(reward_pairs(HEAD.rewards), TX)
 FEATURES = jnp.asarray(RNG.normal(size=(10, 2, 3)), jnp.float32)
 TARGETS = jnp.asarray(RNG.random((3, 10, 1)), jnp.float32)
 ONES = jnp.ones((10, 1))
