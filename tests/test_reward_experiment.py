@@ -28,7 +28,7 @@ def test_the_experiment_runs_and_writes_what_it_found(tmp_path, capsys):
     write(tmp_path / "pairs.jsonl.gz", pairs)
     # One of the answers is the JSON value false, as in the file of PandaLM.
     answers = [{"instruction": "q", "response1": say(), "response2": i % 9 == 0} for i in range(60)]
-    votes = [{"annotator1": i % 3, "annotator2": 1, "annotator3": i % 3} for i in range(60)]
+    votes = [{"annotator1": i % 3, "annotator2": 1, "annotator3": 1 + i % 2} for i in range(60)]
     write(tmp_path / "votes.jsonl.gz", [one | other for one, other in zip(answers, votes, strict=True)])
     words = ["--smoke", "--out", str(tmp_path), "--pairs", str(tmp_path / "pairs.jsonl.gz"),
              "--votes", str(tmp_path / "votes.jsonl.gz")]  # fmt: skip

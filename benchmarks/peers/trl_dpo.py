@@ -68,7 +68,7 @@ def make_answer(
 
     def recorded(*args, **kwargs):
         loss = compute_loss(*args, **kwargs)
-        losses.append(float(loss[0] if isinstance(loss, tuple) else loss))
+        losses.append((loss[0] if isinstance(loss, tuple) else loss).item())
         return loss
 
     trainer.compute_loss = recorded
