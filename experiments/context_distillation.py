@@ -25,7 +25,7 @@ import tyro
 from experiments.context_distillation_addition import run_addition
 from experiments.context_distillation_chat import PERSONA, Chat, run_chat
 from experiments.context_distillation_tasks import AT_ONCE, Sizes, run_tasks
-from experiments.results import deviation, keep
+from experiments.results import carry_out, deviation
 from lmlab.cli import exit_code
 from lmlab.core.errors import check
 from lmlab.report.plots import drawing
@@ -195,20 +195,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 axes.legend(fontsize=7, frameon=False)
 
 
-def experiment(options: Options) -> int:
-    """Run, write, print."""
-    from lmlab.core.runtime import prepare
-
-    prepare()
-    result = run(options)
-    draw(result, keep(result, options.out) / "context_distillation.svg")
-    print(table(result))
-    return 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code, as `lmlab` does."""
-    return exit_code(lambda: experiment(tyro.cli(Options, prog=NAME, args=argv)), NAME)
+    return exit_code(
+        lambda: carry_out(tyro.cli(Options, prog=NAME, args=argv), run, draw, table, "context_distillation.svg"), NAME
+    )
 
 
 if __name__ == "__main__":

@@ -227,25 +227,16 @@ def arms(
         both = [on_policy(*pair, 0.5, rng) for pair in zip(taught, own, strict=True)]
         return pools(both, TEACHER_LENGTH, STUDENT_LENGTH)
 
+    def half_generic() -> Batch:
+        rest = answered(base, [generic(x) for x in unlabelled], teacher_answers)
+        return pools([a + b for a, b in zip(taught, rest, strict=True)], TEACHER_LENGTH, STUDENT_LENGTH)
+
     def alone() -> Batch:
         return pools(answered(base, examples, student_answers), TEACHER_LENGTH, STUDENT_LENGTH)
 
     return {
         "forward KL": lambda: train(distill(LM), both, pool),
-        "forward KL, half generic": lambda: train(
-            distill(LM),
-            both,
-            pools(
-                [
-                    a + b
-                    for a, b in zip(
-                        taught, answered(base, [generic(x) for x in unlabelled], teacher_answers), strict=True
-                    )
-                ],
-                TEACHER_LENGTH,
-                STUDENT_LENGTH,
-            ),
-        ),
+        "forward KL, half generic": lambda: train(distill(LM), both, half_generic()),
         "reverse KL": lambda: train(distill(LM, reverse_kl), both, pool),
         "JS 0.5": lambda: train(distill(LM, jensen_shannon(0.5)), both, pool),
         f"top {K}": lambda: train(distill(LM), base, top_k_pool(base, taught)),
@@ -279,15 +270,11 @@ def several(base: Params, unlabelled: Sequence[np.ndarray], inputs: np.ndarray, 
     The same number of steps in all; and with generic data as the other half of both.
     """
 
-    @jax.jit
-    @jax.vmap
-    def named(params: Params) -> Array:
-        return jnp.stack([chances(params, jnp.asarray([NAMES + i]), inputs, i)[0] for i in range(AT_ONCE)])
+    def chances_after(before: Callable[[int], np.ndarray]) -> Callable[[Params], Array]:
+        one = lambda params: jnp.stack([chances(params, before(i), inputs, i)[0] for i in range(AT_ONCE)])
+        return jax.jit(jax.vmap(one))
 
-    @jax.jit
-    @jax.vmap
-    def with_instruction(params: Params) -> Array:
-        return jnp.stack([chances(params, instruction(jnp.asarray(i)), inputs, i)[0] for i in range(AT_ONCE)])
+    named, with_instruction = chances_after(name_tokens), chances_after(instruction_tokens)
 
     def stage(arm: Arm, teacher: Params, tasks: Sequence[int], steps: int, half: bool) -> Params:
         examples = [asked(x, [tasks[i % len(tasks)] for i in range(len(x))], name_tokens) + (generic(x) if half else [])

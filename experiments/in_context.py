@@ -28,7 +28,7 @@ from matplotlib.axes import Axes
 
 from experiments.in_context_text import run_text, text_config
 from experiments.in_context_topics import VALUES, WINDOW, run_topics
-from experiments.results import keep, say
+from experiments.results import carry_out, say
 from lmlab.cli import exit_code
 from lmlab.core.errors import check
 from lmlab.report.plots import drawing
@@ -145,20 +145,11 @@ def draw_text(axes: Axes, arms: dict[str, Any]) -> None:
     axes.legend(fontsize=8)
 
 
-def experiment(options: Options) -> int:
-    """Run, write, print."""
-    from lmlab.core.runtime import prepare
-
-    prepare()
-    result = run(options)
-    draw(result, keep(result, options.out) / "in_context.svg")
-    print(table(result))
-    return 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code, as `lmlab` does."""
-    return exit_code(lambda: experiment(tyro.cli(Options, prog=NAME, args=argv)), NAME)
+    return exit_code(
+        lambda: carry_out(tyro.cli(Options, prog=NAME, args=argv), run, draw, table, "in_context.svg"), NAME
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from experiments.preferences_grammar import run_grammar
 from experiments.preferences_language import Sizes
 from experiments.preferences_real import RealSizes, run_real
 from experiments.preferences_table import run_table
-from experiments.results import deviation, keep, say
+from experiments.results import carry_out, deviation, say
 from lmlab.cli import exit_code
 from lmlab.core.errors import check
 from lmlab.report.plots import drawing
@@ -146,20 +146,11 @@ def draw_frontier(axes: Axes, arms: dict[str, Any], key: str) -> None:
                       label=name, capsize=2, markersize=4)  # fmt: skip
 
 
-def experiment(options: Options) -> int:
-    """Run, write, print."""
-    from lmlab.core.runtime import prepare
-
-    prepare()
-    result = run(options)
-    draw(result, keep(result, options.out) / "preferences.svg")
-    print(table(result))
-    return 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code, as `lmlab` does."""
-    return exit_code(lambda: experiment(tyro.cli(Options, prog=NAME, args=argv)), NAME)
+    return exit_code(
+        lambda: carry_out(tyro.cli(Options, prog=NAME, args=argv), run, draw, table, "preferences.svg"), NAME
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,3 +25,17 @@ def keep(result: dict[str, Any], out: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(result, indent=2, allow_nan=False))
     return folder
+
+
+def carry_out(
+    options: Any, run: Callable[[Any], dict[str, Any]], draw: Callable[[dict[str, Any], Path], None],
+    table: Callable[[dict[str, Any]], str], figure: str,
+) -> int:  # fmt: skip
+    """Run an experiment, write what it found and its figure to `options.out`, print its table."""
+    from lmlab.core.runtime import prepare
+
+    prepare()
+    result = run(options)
+    draw(result, keep(result, options.out) / figure)
+    print(table(result))
+    return 0

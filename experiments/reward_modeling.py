@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 from matplotlib.axes import Axes
 
-from experiments.results import keep
+from experiments.results import carry_out
 from experiments.reward_digits import CONTRASTS, run_digits
 from experiments.reward_meta import ARMS, run_meta
 from experiments.reward_pairs import read_split, read_votes, run_pairs, run_votes
@@ -156,20 +156,11 @@ def _curve(axes: Axes, name: str, epochs: list[int], curves: list[list[float]]) 
     axes.errorbar(epochs, values.mean(axis=0), spread, fmt="-o", label=name, capsize=2, markersize=4)
 
 
-def experiment(options: Options) -> int:
-    """Run, write, print."""
-    from lmlab.core.runtime import prepare
-
-    prepare()
-    result = run(options)
-    draw(result, keep(result, options.out) / "reward_modeling.svg")
-    print(table(result))
-    return 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code, as `lmlab` does."""
-    return exit_code(lambda: experiment(tyro.cli(Options, prog=NAME, args=argv)), NAME)
+    return exit_code(
+        lambda: carry_out(tyro.cli(Options, prog=NAME, args=argv), run, draw, table, "reward_modeling.svg"), NAME
+    )
 
 
 if __name__ == "__main__":

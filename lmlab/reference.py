@@ -11,6 +11,7 @@ import numpy as np
 from lmlab.core.errors import UserError, check
 from lmlab.core.types import AnswerBatch, Array, Params
 from lmlab.data.answers import PairRows, preferences_of
+from lmlab.data.folders import write_arrays
 from lmlab.data.open_pairs import PairData
 from lmlab.data.progress import counting
 from lmlab.models.lm import LM
@@ -47,11 +48,8 @@ def score_answers(lm: LM, tail: float, chunk: int, params: Params, answers: Answ
 def store(folder: Path, data: PairData) -> PairData:
     """Data whose rows are scored; what was found is kept in a run folder for when the run goes on."""
     arrays = {"train": data.train.reference_N2, "heldout": data.heldout.reference_N2, "key": np.asarray(_key(data))}
-    partial_path = folder / f"{STORED}.partial"
     try:
-        with partial_path.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        partial_path.replace(folder / STORED)
+        write_arrays(folder / STORED, arrays)
     except OSError as error:
         raise UserError("run folder", str(folder), f"room to write {STORED} ({error.strerror})") from error
     return data

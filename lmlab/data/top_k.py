@@ -9,6 +9,7 @@ import numpy as np
 
 from lmlab.core.errors import UserError, check
 from lmlab.core.types import TopK
+from lmlab.data.folders import write_arrays
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,11 @@ class StoredTeacher:
 
     def save(self, path: Path) -> None:
         """Write an .npz; nothing is left half-written. Raises `UserError` where there is no room."""
-        partial = path.with_name(f"{path.name}.partial")
+        # NumPy's files know no bfloat16.
+        arrays = {"offsets": self.offsets_N, "logprobs": self.logprobs_nK.view(np.uint16), "ids": self.ids_nK,
+                  "temperature": self.temperature, "fingerprint": self.fingerprint}  # fmt: skip
         try:
-            with partial.open("wb") as file:
-                # NumPy's files know no bfloat16.
-                np.savez(file, offsets=self.offsets_N, logprobs=self.logprobs_nK.view(np.uint16), ids=self.ids_nK,
-                         temperature=self.temperature, fingerprint=self.fingerprint)  # fmt: skip
-            partial.replace(path)
+            write_arrays(path, arrays)
         except OSError as error:
             raise UserError("stored", str(path), f"room to write it ({error.strerror})") from error
 

@@ -130,10 +130,18 @@ def _backward(
     logits: Logits, z_loss: float, chunk: int, axes: Any, residuals: tuple[Array, Params], cotangent: TokenSums
 ) -> tuple[Params, Array, None, None]:
     del logits, z_loss, chunk, axes
+    return *scaled(residuals, cotangent.loss), None, None
+
+
+def scaled(residuals: tuple[Array, Params], factor: Array) -> tuple[Params, Array]:
+    """Gradients of head and hidden states that a forward pass has formed, times what the loss counts.
+
+    residuals: of the hidden states; and of the head, each with a scalar of the type that it is to come back in.
+    """
     hidden_grad, head_grad = residuals
     is_pair = lambda x: isinstance(x, tuple)
-    head = jax.tree.map(lambda pair: (cotangent.loss * pair[0]).astype(pair[1].dtype), head_grad, is_leaf=is_pair)
-    return head, (cotangent.loss * hidden_grad).astype(hidden_grad.dtype), None, None
+    head = jax.tree.map(lambda pair: (factor * pair[0]).astype(pair[1].dtype), head_grad, is_leaf=is_pair)
+    return head, (factor * hidden_grad).astype(hidden_grad.dtype)
 
 
 chunked_cross_entropy.defvjp(_forward, _backward)

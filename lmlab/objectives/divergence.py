@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lmlab.core.sharding import sum_over_tokens
 from lmlab.core.types import Array, Params, TopK
-from lmlab.objectives.cross_entropy import Logits, chunks, wide
+from lmlab.objectives.cross_entropy import Logits, chunks, scaled, wide
 
 Divergence: TypeAlias = Callable[[Array, Array], Array]
 """`divergence(logq, logp)`: of the student's p from the teacher's q, [...]; log-probabilities [..., K] that add up."""
@@ -220,10 +220,8 @@ def _backward(
     residuals: tuple[Array, Params], cotangent: DivergenceSums,
 ) -> tuple[tuple[Params, None], Array, None, None, None]:  # fmt: skip
     del compare, divergence, temperature, logits, chunk, axes
-    hidden_grad, head_grad = residuals
-    is_pair = lambda x: isinstance(x, tuple)
-    head = jax.tree.map(lambda pair: (cotangent.loss * pair[0]).astype(pair[1].dtype), head_grad, is_leaf=is_pair)
-    return (head, None), (cotangent.loss * hidden_grad).astype(hidden_grad.dtype), None, None, None
+    head, hidden = scaled(residuals, cotangent.loss)
+    return (head, None), hidden, None, None, None
 
 
 chunked_divergence.defvjp(_forward, _backward)

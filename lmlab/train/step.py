@@ -28,9 +28,8 @@ def make_step(
     The weights are summed first; as they do not depend on the parameters, the compiler drops the model from
     that pass. `microbatches` divides the batch's rows; microbatch i takes the rows i, i + M, i + 2M, ..., so that
     rows stay on their device. Parts of the parameters that `state.still` names reach the objective and nothing else.
-    `reduce` sums a pytree over devices where the caller maps the step (psum);
-    identity under jit, which sees global arrays. Gradients are added up and given to `tx` in float32, whatever
-    the type of the parameters.
+    `reduce` sums a pytree over devices where the caller maps the step (psum); identity under jit, which sees global
+    arrays. Gradients are added up and given to `tx` in float32, whatever the type of the parameters.
     Metrics: `loss`, `loss/<term>` if there are several, the objective's metrics, `grad_norm`, `param_norm` (of what
     moves), `weight` (of the first term: the labels of the batch).
     """
@@ -40,7 +39,6 @@ def make_step(
         keys = jax.random.split(key_for(state.key, "objective", state.step), microbatches)
 
         weights = reduce(_weights(objective, state.params, (parts, keys)))
-
         moving, still = split(state.params, state.still)
 
         def share(moving: Params, part: tuple[Batch, Key]) -> tuple[Array, tuple[Terms, Array]]:
