@@ -1,0 +1,167 @@
+"""Distributions that programs over a language model draw from and observe, of one particle."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from lmlab.core.types import Array, Key
+from lmlab.inference.draw import tokens_at
+
+
+class Distribution(Protocol):
+    """What `Particle.sample` and `Particle.observe` need. Values are scalars, traced or not."""
+
+    def draw(self, key: Key) -> Any:
+        """A value."""
+
+    def log_prob(self, value: Any) -> Array:
+        """Log-probability of a value, -inf outside of the support."""
+
+    def take(self, value: Any) -> None:
+        """Learn that the value was drawn or observed; distributions that stand alone do nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Categorical:
+    """A token, or any number from 0, by logits [V] that need not be normalised; -inf is never drawn."""
+
+    logits_V: Array
+
+    def draw(self, key: Key) -> Array:
+        """An int32 in [0, V)."""
+        return draw_token(key, self.logits_V)
+
+    def log_prob(self, value: Array | int) -> Array:
+        """Of a number in [0, V)."""
+        return normalised(self.logits_V)[value]
+
+    def take(self, value: Array | int) -> None:
+        """Nothing to learn."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bernoulli:
+    """True with a probability."""
+
+    probability: Array | float
+
+    def draw(self, key: Key) -> Array:
+        """A bool."""
+        return jax.random.bernoulli(key, self.probability)
+
+    def log_prob(self, value: Array | bool) -> Array:
+        """Of a bool."""
+        return safe_log(jnp.where(value, self.probability, 1 - self.probability))
+
+    def take(self, value: Array | bool) -> None:
+        """Nothing to learn."""
+
+
+@dataclass(frozen=True, eq=False)
+class Geometric:
+    """1, 2, 3, ...: how many trials until one of this probability succeeds."""
+
+    probability: Array | float
+
+    def draw(self, key: Key) -> Array:
+        """An int32 of at least 1."""
+        return jax.random.geometric(key, self.probability, dtype=jnp.int32)
+
+    def log_prob(self, value: Array | int) -> Array:
+        """Of an int; -inf below 1."""
+        value = jnp.asarray(value)
+        logs = safe_log(jnp.asarray(self.probability)) + (value - 1) * jnp.log1p(-jnp.asarray(self.probability))
+        return jnp.where(value >= 1, logs, -jnp.inf)
+
+    def take(self, value: Array | int) -> None:
+        """Nothing to learn."""
+
+
+class Context:
+    """What a particle expects next after one prompt and its tokens so far, in the middle of a step."""
+
+    def __init__(self, logprobs_V: Array) -> None:
+        """logprobs: float32 [V], normalised."""
+        self.logprobs_V = logprobs_V
+        self.token: Array | None = None
+        """What the step has made the next token, if it has."""
+
+    def next_token(self) -> "NextToken":
+        """The next token, among those that masks have left."""
+        return NextToken(self)
+
+    def mask(self, allowed_V: Array) -> "Mask":
+        """Whether the next token is one of these."""
+        return Mask(self, allowed_V)
+
+
+@dataclass(frozen=True, eq=False)
+class NextToken:
+    """The next token of a context. Drawing or observing it enters it into the text."""
+
+    context: Context
+
+    def draw(self, key: Key) -> Array:
+        """An int32 in [0, V)."""
+        return draw_token(key, self.context.logprobs_V)
+
+    def log_prob(self, value: Array | int) -> Array:
+        """Under the model, given the masks before."""
+        return normalised(self.context.logprobs_V)[value]
+
+    def take(self, value: Array | int) -> None:
+        """Enter the token. Raises ValueError for a second token in one step."""
+        if self.context.token is not None:
+            raise ValueError("a context takes one token a step: let longer steps be blocks (Program.boundary)")
+        self.context.token = jnp.asarray(value, jnp.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Whether the next token of a context is one of some: what is said of it holds for the token that follows.
+
+    Observed and then followed by a draw it is the locally optimal proposal, weighed by the mass of what is allowed.
+    """
+
+    context: Context
+    allowed_V: Array
+
+    def draw(self, key: Key) -> Array:
+        """A bool."""
+        return jnp.log(jax.random.uniform(key)) < self.log_prob(True)
+
+    def log_prob(self, value: Array | bool) -> Array:
+        """log of the mass of the tokens on that side, of those that masks before have left."""
+        return _log_sum(jnp.where(self._side(value), normalised(self.context.logprobs_V), -jnp.inf))
+
+    def take(self, value: Array | bool) -> None:
+        """Leave only the tokens of that side."""
+        self.context.logprobs_V = jnp.where(self._side(value), self.context.logprobs_V, -jnp.inf)
+
+    def _side(self, value: Array | bool) -> Array:
+        return self.allowed_V == value
+
+
+def draw_token(key: Key, logits_V: Array) -> Array:
+    """A token by its logits; any, where all are -inf."""
+    some = jnp.any(logits_V > -jnp.inf)
+    return tokens_at(jax.random.uniform(key, (1,)), jnp.where(some, logits_V, 0)[None])[0]
+
+
+def normalised(logits_V: Array) -> Array:
+    """Logits less the log of their sum of exponentials; all -inf, and no NaN, where they are."""
+    total = _log_sum(logits_V)
+    return jnp.where(logits_V > -jnp.inf, logits_V - jnp.where(total > -jnp.inf, total, 0), -jnp.inf)
+
+
+def safe_log(x: Array) -> Array:
+    """log, -inf at and below 0, without a NaN in sight."""
+    return jnp.where(x > 0, jnp.log(jnp.where(x > 0, x, 1)), -jnp.inf)
+
+
+def _log_sum(logits_V: Array) -> Array:
+    top = jnp.max(logits_V)
+    sums = jnp.sum(jnp.exp(logits_V - jnp.where(top > -jnp.inf, top, 0)))
+    return jnp.where(top > -jnp.inf, top + safe_log(sums), -jnp.inf)

@@ -1,0 +1,189 @@
+"""Programs over a language model as Feynman-Kac models: particles are rows of one cache, read together.
+
+Children are drawn and weighed from the logits of their parent, so that only those that go on are read: P rows a round,
+whatever the number of children. A prompt is read once, and its cache copied to the particles.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from lmlab.core.errors import check
+from lmlab.core.types import Array, Key, Params
+from lmlab.inference.blocks import blocks, in_blocks
+from lmlab.inference.engine import read_prompts
+from lmlab.inference.programs import Particle, Program
+from lmlab.inference.sample import check_prompts
+from lmlab.inference.smc import Driver, FeynmanKac, Population, advance, concluded, population
+from lmlab.models.lm import LM
+
+
+@struct.dataclass
+class Texts:
+    """P particles of a program: what they have written, and the model after it."""
+
+    cache: Any
+    """Row p M + m is context m of particle p."""
+    logits_PMV: Array
+    program_P: Any
+    tokens_PS: Array
+    """Of context 0, after the prompt; an end token that a program has drawn is among them."""
+    length_P: Array
+    log_twist_P: Array
+    finished_P: Array
+
+
+@struct.dataclass
+class Written:
+    """What a step has made of a particle, before its tokens are read."""
+
+    program_P: Any
+    tokens_PM: Array
+    read_PM: Array
+    """Which contexts have a new token."""
+    log_twist_P: Array
+    finished_P: Array
+
+
+def begin(
+    lm: LM, params: Params, program: Program, prompts: Sequence[np.ndarray], particles: int, longest: int
+) -> Texts:  # fmt: skip
+    """Particles that have read the prompts, once for all of them, with room for `longest` tokens.
+
+    Raises `UserError` for prompts that cannot be continued, fewer prompts than contexts, or no room.
+    """
+    check(particles >= 1, "particles", particles, "at least 1")
+    check(longest >= 1, "tokens", longest, "at least 1")
+    check(len(prompts) == program.contexts, "prompts", len(prompts), f"{program.contexts}, one for each context")
+    check_prompts(lm, prompts)
+    room = max(map(len, prompts)) + longest
+    check(room <= lm.max_length, "prompt", f"{room - longest} tokens and {longest} to be written",
+          f"at most model.max_length = {lm.max_length} together", "Shorten the prompt, or write fewer.")  # fmt: skip
+    logits_UV, cache = read_prompts(lm, params, prompts, min(-(-room // 16) * 16, lm.max_length))
+    return _spread(lm, particles, program.contexts, longest, logits_UV, cache, program.start)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _spread(
+    lm: LM, particles: int, contexts: int, longest: int, logits_UV: Array, cache: Any, start: Any
+) -> Texts:  # fmt: skip
+    rows = jnp.tile(jnp.arange(contexts), particles)
+    copies = lambda x: jnp.broadcast_to(jnp.asarray(x), (particles, *jnp.shape(x)))
+    return Texts(
+        cache=lm.take_rows(cache, rows), logits_PMV=copies(logits_UV[:contexts]),
+        program_P=jax.tree.map(copies, start), tokens_PS=jnp.zeros((particles, longest), jnp.int32),
+        length_P=jnp.zeros(particles, jnp.int32), log_twist_P=jnp.zeros(particles),
+        finished_P=jnp.zeros(particles, bool),
+    )  # fmt: skip
+
+
+@lru_cache
+def program_model(lm: LM, program: Program) -> FeynmanKac:
+    """The Feynman-Kac model of a program. Its parameters are (those of the model, the tables of the program).
+
+    A particle is done where it has finished, or has filled the room that `begin` has left it.
+    """
+
+    def propose(params: Params, key: Key, texts: Texts, children: int) -> tuple[Written, Array]:
+        logprobs_PMV = jax.nn.log_softmax(texts.logits_PMV.astype(jnp.float32) / program.temperature)
+        keys_PK = jax.random.split(key, (len(texts.length_P), children))
+        step = partial(_step, program, params[1])
+        some = jax.vmap(step, in_axes=(0, None, None, None, None))
+        written, gain_PK = jax.vmap(some)(keys_PK, logprobs_PMV, texts.program_P, texts.log_twist_P, texts.length_P)
+        return written, gain_PK
+
+    def commit(
+        params: Params, texts: Texts, written: Written, parent_P: Array, child_P: Array, moving_P: Array
+    ) -> Texts:  # fmt: skip
+        old = take(texts, parent_P)
+        new = jax.tree.map(lambda x_PK: x_PK[parent_P, child_P], written)
+        at = jnp.arange(len(parent_P)), jnp.where(moving_P, old.length_P, old.tokens_PS.shape[1])
+        reads_PM = new.read_PM & moving_P[:, None]
+        hidden_R1D, cache = lm.apply(
+            params[0], new.tokens_PM.reshape(-1, 1), segments_BT=reads_PM.reshape(-1, 1).astype(jnp.int32),
+            cache=old.cache,
+        )  # fmt: skip
+        kept = lambda new_P, old_P: jax.tree.map(partial(_where, moving_P), new_P, old_P)
+        return Texts(
+            cache=cache, logits_PMV=lm.logits(params[0], hidden_R1D[:, 0]).reshape(texts.logits_PMV.shape),
+            program_P=kept(new.program_P, old.program_P),
+            tokens_PS=old.tokens_PS.at[at].set(new.tokens_PM[:, 0], mode="drop"), length_P=old.length_P + moving_P,
+            log_twist_P=kept(new.log_twist_P, old.log_twist_P), finished_P=kept(new.finished_P, old.finished_P),
+        )  # fmt: skip
+
+    def take(texts: Texts, rows_N: Array) -> Texts:
+        contexts = jnp.arange(program.contexts)
+        cache_rows = (rows_N[:, None] * program.contexts + contexts).reshape(-1)
+        rest = jax.tree.map(lambda x_P: x_P[rows_N], texts.replace(cache=()))
+        return rest.replace(cache=_take_cache(lm, texts.cache, cache_rows, len(texts.length_P) * program.contexts))
+
+    return FeynmanKac(
+        propose, commit, done=lambda texts: texts.finished_P | (texts.length_P >= texts.tokens_PS.shape[1]), take=take,
+        twist=lambda texts: texts.log_twist_P,
+        record=lambda written: written.tokens_PM[..., 0],
+    )  # fmt: skip
+
+
+def _step(
+    program: Program, tables: Any, key: Key, logprobs_MV: Array, state: Any, log_twist: Array, length: Array
+) -> tuple[Written, Array]:  # fmt: skip
+    """One particle's step: what it has made, and the log of what its weight is multiplied by."""
+    particle = Particle(key, logprobs_MV, tables, length)
+    new = program.step(particle, state)
+    # A counter that a program makes a Python number, or of another type, would change what is compiled.
+    new = jax.tree.map(lambda old, x: jnp.asarray(x, old.dtype), state, new)
+    tokens = [context.token for context in particle.contexts]
+    tokens_M = jnp.stack([jnp.int32(0) if token is None else token for token in tokens])
+    read_M = jnp.asarray([token is not None for token in tokens]) & ~particle.finished
+    twist = jnp.where(particle.finished, 0, particle.log_twist)
+    written = Written(new, tokens_M, read_M, twist, particle.finished)
+    return written, particle.log_weight + twist - log_twist
+
+
+def _where(moving_P: Array, new_P: Array, old_P: Array) -> Array:
+    return jnp.where(moving_P.reshape(-1, *(1,) * (new_P.ndim - 1)), new_P, old_P)
+
+
+def _take_cache(lm: LM, cache: Any, rows_N: Array, rows: int) -> Any:
+    """Rows of a cache; where each is to stay in its place nothing is copied."""
+    if len(rows_N) != rows:
+        return lm.take_rows(cache, rows_N)
+    stay = jnp.all(rows_N == jnp.arange(rows))
+    return jax.lax.cond(stay, lambda cache: cache, lambda cache: lm.take_rows(cache, rows_N), cache)
+
+
+@lru_cache
+def at_boundary(program: Program) -> Callable[[Texts], Array]:
+    """The boundary of a program, for all particles."""
+    boundary = program.boundary
+    assert boundary is not None
+    return lambda texts: jax.vmap(boundary)(texts.program_P)
+
+
+def infer(
+    lm: LM, params: Params, program: Program, prompts: Sequence[np.ndarray], key: Key, driver: Driver, *,
+    particles: int, tokens: int, stride: int = 0,
+) -> Iterator[Population]:  # fmt: skip
+    """The particles of a program after every `stride` rounds (0: all at once); the last are `concluded`.
+
+    prompts: one for each context, int32 [n]. tokens: that a particle may write at most. Raises `UserError` as `begin`.
+    What was given before is no longer there when the next is asked for.
+    """
+    check(particles >= 1, "particles", particles, "at least 1")
+    lm, params = lm.for_decoding(params)
+    both = params, program.tables
+    model, state = program_model(lm, program), begin(lm, params, program, prompts, particles, tokens)
+    if program.boundary is not None:
+        model, state = in_blocks(model, at_boundary(program), tokens), blocks(state, particles)
+    now = population(model, driver, both, state, tokens)
+    made = 0
+    while made < tokens and not np.all(now.done_P):
+        made += stride or tokens
+        now = advance(model, driver, both, now, key, made)
+        over = made >= tokens or bool(np.all(now.done_P))
+        yield concluded(model, now) if over else now
