@@ -1,19 +1,19 @@
 """Rounds of several steps: particles run until each has come to a place where they may be compared."""
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from lmlab.core.types import Array, Key, Params
-from lmlab.inference.smc import FeynmanKac, State
+from lmlab.core.types import Array, Key
+from lmlab.inference.smc import Arrays, FeynmanKac, State
 
 Boundary = Callable[[State], Array]
 """`boundary(state_R) -> bool_R`: whether particles may stop there."""
-Potential = Callable[[Params, State], Array]
+Potential = Callable[[Arrays, State], Array]
 """`potential(params, state_R) -> log_twist_R`: a guess at the future of particles that have just moved."""
 
 
@@ -30,7 +30,7 @@ def every_step(state: State) -> Array:
     return jnp.ones((), bool)
 
 
-def nothing(params: Params, state: State) -> Array:
+def nothing(params: Arrays, state: State) -> Array:
     """No guess."""
     return jnp.zeros(())
 
@@ -46,7 +46,7 @@ def in_blocks(
     child: a look ahead of one token. It changes who is chosen, never the target: it is a twist.
     """
 
-    def propose(params: Params, key: Key, state: Blocks, children: int) -> tuple[Blocks, Array]:
+    def propose(params: Arrays, key: Key, state: Blocks, children: int) -> tuple[Blocks, Array]:
         particles = len(state.log_twist_P)
         rows_R = jnp.repeat(jnp.arange(particles), children)
         start = model.take(state.inner, rows_R)
@@ -57,7 +57,7 @@ def in_blocks(
         return Blocks(inner, twist_R), gain_R.reshape(particles, children)
 
     def commit(
-        params: Params, state: Blocks, moves: Blocks, parent_P: Array, child_P: Array, moving_P: Array
+        params: Arrays, state: Blocks, moves: Blocks, parent_P: Array, child_P: Array, moving_P: Array
     ) -> Blocks:  # fmt: skip
         # Who is done has not moved in its block either.
         children = len(moves.log_twist_P) // len(state.log_twist_P)
@@ -71,9 +71,7 @@ def in_blocks(
     def take(state: Blocks, rows_N: Array) -> Blocks:
         return Blocks(model.take(state.inner, rows_N), state.log_twist_P[rows_N])
 
-    return FeynmanKac(
-        propose, commit, done=lambda state: model.done(state.inner), take=take, twist=twist
-    )
+    return FeynmanKac(propose, commit, done=lambda state: model.done(state.inner), take=take, twist=twist)
 
 
 def blocks(state: State, particles: int) -> Blocks:
@@ -82,7 +80,7 @@ def blocks(state: State, particles: int) -> Blocks:
 
 
 def _run_block(
-    model: FeynmanKac, boundary: Boundary, longest: int, params: Params, key: Key, start: State
+    model: FeynmanKac, boundary: Boundary, longest: int, params: Arrays, key: Key, start: State
 ) -> tuple[State, Array]:  # fmt: skip
     """Each row to its boundary, and the log of what its weight is multiplied by."""
     done_R = model.done(start)

@@ -133,7 +133,7 @@ class Mask:
         return jnp.log(jax.random.uniform(key)) < self.log_prob(True)
 
     def log_prob(self, value: Array | bool) -> Array:
-        """log of the mass of the tokens on that side, of those that masks before have left."""
+        """Log of the mass of the tokens on that side, of those that masks before have left."""
         return _log_sum(jnp.where(self._side(value), normalised(self.context.logprobs_V), -jnp.inf))
 
     def take(self, value: Array | bool) -> None:

@@ -27,7 +27,7 @@ class Chosen(NamedTuple):
 
 
 def log_total(log_weight_C: Array) -> Array:
-    """log of the sum of weights; -inf of the dead, and no NaN."""
+    """Log of the sum of weights; -inf of the dead, and no NaN."""
     top = jnp.max(log_weight_C)
     return jnp.where(top > -jnp.inf, jax.nn.logsumexp(jnp.where(top > -jnp.inf, log_weight_C, 0)), -jnp.inf)
 
@@ -45,8 +45,9 @@ def effective_size(log_weight_C: Array) -> Array:
 
 
 def optimal(key: Key, log_weight_C: Array, count: int) -> Chosen:
-    """Keep `count` of C >= count candidates, none twice, and the sum of weights exactly (Fearnhead & Clifford 2003, section 3).
+    """Keep `count` of C >= count candidates, none twice, and the sum of weights exactly.
 
+    Optimal resampling of Fearnhead & Clifford (JRSS-B 65(4), 2003), as in arXiv 2306.03081, algorithm 1.
     With c such that the sum of min(1, c share_j) is `count`: candidates of c share_j >= 1 keep their weight; of the
     others `count` less those are drawn by one uniform number, each with probability c share_j, and weigh total / c.
     Where no more than `count` are alive, all of them keep their weight and the other places are dead.

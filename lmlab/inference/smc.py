@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from lmlab.core.errors import check
-from lmlab.core.types import Array, Key, Params
+from lmlab.core.types import Array, Key
 from lmlab.inference.resampling import (
     Chosen,
     Scheme,
@@ -27,6 +27,8 @@ from lmlab.inference.resampling import (
     stratified,
 )  # fmt: skip
 
+Arrays: TypeAlias = Any
+"""What the functions of a model read: any pytree of arrays."""
 State: TypeAlias = Any
 """What a model keeps of P particles: a pytree that it alone looks into."""
 Moves: TypeAlias = Any
@@ -41,11 +43,11 @@ class FeynmanKac:
     static argument of `jax.jit`. P particles, K children each.
     """
 
-    propose: Callable[[Params, Key, State, int], tuple[Moves, Array]]
-    """`propose(params, key, state_P, K) -> (moves_PK, log_weight_PK)`: K children of each particle. What a child weighs:
-    its potential times the density of the transition over that of the proposal. The number of children may differ from
-    K where a model has its own way to branch; weights are then such that their mean over children is what counts."""
-    commit: Callable[[Params, State, Moves, Array, Array, Array], State]
+    propose: Callable[[Arrays, Key, State, int], tuple[Moves, Array]]
+    """`propose(params, key, state_P, K) -> (moves_PK, log_weight_PK)`: K children of each particle. A child weighs its
+    potential, times the density of the transition over that of the proposal. Their number may differ from K where a
+    model has its own way to branch: what counts is the mean of weights over children."""
+    commit: Callable[[Arrays, State, Moves, Array, Array, Array], State]
     """`commit(params, state_P, moves_PK, parent_P, child_P, moving_P) -> state_P`: the chosen children in place of the
     particles. A particle that does not move stays what its parent was."""
     done: Callable[[State], Array]
@@ -53,8 +55,8 @@ class FeynmanKac:
     take: Callable[[State, Array], State]
     """`take(state_P, rows_N) -> state_N`: the chosen particles, repeats allowed."""
     twist: Callable[[State], Array] = lambda state: jnp.zeros(())
-    """`twist(state_P) -> log_twist_P`: how much of the log-weight of a particle is a guess at its future, which `propose`
-    takes back at its next move; 0 of finished ones."""
+    """`twist(state_P) -> log_twist_P`: how much of a particle's log-weight is a guess at its future, which `propose` takes
+    back at its next move; 0 of finished ones."""
     record: Callable[[Moves], Any] = lambda moves: None
     """`record(moves_PK)`: arrays [P, K, ...] to be kept of every round."""
 
@@ -100,12 +102,12 @@ class Population:
 
     @property
     def log_evidence(self) -> Array:
-        """log of the estimate of Z: the mean weight."""
+        """Log of the estimate of Z: the mean weight."""
         return log_total(self.log_weight_P) - jnp.log(len(self.log_weight_P))
 
     @property
-    def shares_P(self) -> Array:
-        """Weights that sum to 1: what the posterior gives each particle. Zeros where all are dead."""
+    def probabilities(self) -> Array:
+        """[P] weights that sum to 1: what the posterior gives each particle. Zeros where all are dead."""
         return shares(self.log_weight_P)
 
 
@@ -138,7 +140,7 @@ def standard(scheme: Scheme = stratified, threshold: float = 0.5) -> Driver:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 4))
-def population(model: FeynmanKac, driver: Driver, params: Params, state: State, rounds: int) -> Population:
+def population(model: FeynmanKac, driver: Driver, params: Arrays, state: State, rounds: int) -> Population:
     """Particles in their first state, all of weight 1, with room for the history of so many rounds."""
     done_P = model.done(state)
 
@@ -155,7 +157,7 @@ def population(model: FeynmanKac, driver: Driver, params: Params, state: State, 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def advance(
-    model: FeynmanKac, driver: Driver, params: Params, particles: Population, key: Key, until: Array | int
+    model: FeynmanKac, driver: Driver, params: Arrays, particles: Population, key: Key, until: Array | int
 ) -> Population:  # fmt: skip
     """Make rounds until so many were made (no more than there is room for) or every particle is done.
 
@@ -167,7 +169,7 @@ def advance(
     return jax.lax.while_loop(going, step, particles)
 
 
-def run(model: FeynmanKac, driver: Driver, params: Params, state: State, key: Key, rounds: int) -> Population:
+def run(model: FeynmanKac, driver: Driver, params: Arrays, state: State, key: Key, rounds: int) -> Population:
     """All rounds, until every particle is done or so many were made; then `concluded`."""
     start = population(model, driver, params, state, rounds)
     return concluded(model, advance(model, driver, params, start, key, rounds))
@@ -185,7 +187,7 @@ def only(particles: Population, chosen_P: Array) -> Population:
     return replace(particles, log_weight_P=jnp.where(chosen_P, particles.log_weight_P, -jnp.inf))
 
 
-def _round(model: FeynmanKac, driver: Driver, params: Params, old: Population, key: Key) -> Population:
+def _round(model: FeynmanKac, driver: Driver, params: Arrays, old: Population, key: Key) -> Population:
     propose_key, select_key = jax.random.split(key)
     count = len(old.log_weight_P)
     moves, gain_PK = model.propose(params, propose_key, old.state, driver.children)
@@ -198,9 +200,8 @@ def _round(model: FeynmanKac, driver: Driver, params: Params, old: Population, k
     parent_P, child_P = chosen.index_N // children, chosen.index_N % children
     stays_P = old.done_P[parent_P] | (chosen.log_weight_N == -jnp.inf)
     state = model.commit(params, old.state, moves, parent_P, child_P, ~stays_P)
-    record = History(
-        model.record(moves), log_weight_PK, parent_P, child_P, chosen.log_weight_N, effective_size(log_weight_PK.ravel())
-    )
+    effective = effective_size(log_weight_PK.reshape(-1))
+    record = History(model.record(moves), log_weight_PK, parent_P, child_P, chosen.log_weight_N, effective)
     put = lambda room, new: room.at[old.rounds].set(new)
     return Population(
         state=state, log_weight_P=chosen.log_weight_N, done_P=stays_P | model.done(state), rounds=old.rounds + 1,

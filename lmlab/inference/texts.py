@@ -5,6 +5,7 @@ whatever the number of children. A prompt is read once, and its cache copied to 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from lmlab.inference.blocks import blocks, in_blocks
 from lmlab.inference.engine import read_prompts
 from lmlab.inference.programs import Particle, Program
 from lmlab.inference.sample import check_prompts
-from lmlab.inference.smc import Driver, FeynmanKac, Population, advance, concluded, population
+from lmlab.inference.smc import Arrays, Driver, FeynmanKac, Population, advance, concluded, population
 from lmlab.models.lm import LM
 
 
@@ -89,7 +90,7 @@ def program_model(lm: LM, program: Program) -> FeynmanKac:
     A particle is done where it has finished, or has filled the room that `begin` has left it.
     """
 
-    def propose(params: Params, key: Key, texts: Texts, children: int) -> tuple[Written, Array]:
+    def propose(params: Arrays, key: Key, texts: Texts, children: int) -> tuple[Written, Array]:
         logprobs_PMV = jax.nn.log_softmax(texts.logits_PMV.astype(jnp.float32) / program.temperature)
         keys_PK = jax.random.split(key, (len(texts.length_P), children))
         step = partial(_step, program, params[1])
@@ -98,7 +99,7 @@ def program_model(lm: LM, program: Program) -> FeynmanKac:
         return written, gain_PK
 
     def commit(
-        params: Params, texts: Texts, written: Written, parent_P: Array, child_P: Array, moving_P: Array
+        params: Arrays, texts: Texts, written: Written, parent_P: Array, child_P: Array, moving_P: Array
     ) -> Texts:  # fmt: skip
         old = take(texts, parent_P)
         new = jax.tree.map(lambda x_PK: x_PK[parent_P, child_P], written)
@@ -119,8 +120,8 @@ def program_model(lm: LM, program: Program) -> FeynmanKac:
     def take(texts: Texts, rows_N: Array) -> Texts:
         contexts = jnp.arange(program.contexts)
         cache_rows = (rows_N[:, None] * program.contexts + contexts).reshape(-1)
-        rest = jax.tree.map(lambda x_P: x_P[rows_N], texts.replace(cache=()))
-        return rest.replace(cache=_take_cache(lm, texts.cache, cache_rows, len(texts.length_P) * program.contexts))
+        rest = jax.tree.map(lambda x_P: x_P[rows_N], replace(texts, cache=()))
+        return replace(rest, cache=_take_cache(lm, texts.cache, cache_rows, len(texts.length_P) * program.contexts))
 
     return FeynmanKac(
         propose, commit, done=lambda texts: texts.finished_P | (texts.length_P >= texts.tokens_PS.shape[1]), take=take,
@@ -177,7 +178,8 @@ def infer(
     check(particles >= 1, "particles", particles, "at least 1")
     lm, params = lm.for_decoding(params)
     both = params, program.tables
-    model, state = program_model(lm, program), begin(lm, params, program, prompts, particles, tokens)
+    model = program_model(lm, program)
+    state: Any = begin(lm, params, program, prompts, particles, tokens)
     if program.boundary is not None:
         model, state = in_blocks(model, at_boundary(program), tokens), blocks(state, particles)
     now = population(model, driver, both, state, tokens)
