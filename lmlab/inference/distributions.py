@@ -85,6 +85,9 @@ class Context:
     def __init__(self, logprobs_V: Array) -> None:
         """logprobs: float32 [V], normalised."""
         self.logprobs_V = logprobs_V
+        """-inf of tokens that masks have taken away; not normalised again, see `log_mass`."""
+        self.log_mass = jnp.zeros(())
+        """log of the mass of the tokens that masks have left."""
         self.token: Array | None = None
         """What the step has made the next token, if it has."""
 
@@ -109,7 +112,7 @@ class NextToken:
 
     def log_prob(self, value: Array | int) -> Array:
         """Under the model, given the masks before."""
-        return normalised(self.context.logprobs_V)[value]
+        return _less(self.context.logprobs_V[value], self.context.log_mass)
 
     def take(self, value: Array | int) -> None:
         """Enter the token. Raises ValueError for a second token in one step."""
@@ -134,14 +137,15 @@ class Mask:
 
     def log_prob(self, value: Array | bool) -> Array:
         """Log of the mass of the tokens on that side, of those that masks before have left."""
-        return _log_sum(jnp.where(self._side(value), normalised(self.context.logprobs_V), -jnp.inf))
+        return _less(_log_sum(self._left(value)), self.context.log_mass)
 
     def take(self, value: Array | bool) -> None:
         """Leave only the tokens of that side."""
-        self.context.logprobs_V = jnp.where(self._side(value), self.context.logprobs_V, -jnp.inf)
+        left_V = self._left(value)
+        self.context.logprobs_V, self.context.log_mass = left_V, _log_sum(left_V)
 
-    def _side(self, value: Array | bool) -> Array:
-        return self.allowed_V == value
+    def _left(self, value: Array | bool) -> Array:
+        return jnp.where(self.allowed_V == value, self.context.logprobs_V, -jnp.inf)
 
 
 def draw_token(key: Key, logits_V: Array) -> Array:
@@ -152,8 +156,7 @@ def draw_token(key: Key, logits_V: Array) -> Array:
 
 def normalised(logits_V: Array) -> Array:
     """Logits less the log of their sum of exponentials; all -inf, and no NaN, where they are."""
-    total = _log_sum(logits_V)
-    return jnp.where(logits_V > -jnp.inf, logits_V - jnp.where(total > -jnp.inf, total, 0), -jnp.inf)
+    return _less(logits_V, _log_sum(logits_V))
 
 
 def safe_log(x: Array) -> Array:
@@ -165,3 +168,8 @@ def _log_sum(logits_V: Array) -> Array:
     top = jnp.max(logits_V)
     sums = jnp.sum(jnp.exp(logits_V - jnp.where(top > -jnp.inf, top, 0)))
     return jnp.where(top > -jnp.inf, top + safe_log(sums), -jnp.inf)
+
+
+def _less(log_part: Array, log_whole: Array) -> Array:
+    """log of a part of a whole; -inf, and no NaN, of nothing."""
+    return jnp.where(log_part > -jnp.inf, log_part - jnp.where(log_whole > -jnp.inf, log_whole, 0), -jnp.inf)
