@@ -171,5 +171,5 @@ def _log_sum(logits_V: Array) -> Array:
 
 
 def _less(log_part: Array, log_whole: Array) -> Array:
-    """log of a part of a whole; -inf, and no NaN, of nothing."""
+    """Log of a part of a whole; -inf, and no NaN, of nothing."""
     return jnp.where(log_part > -jnp.inf, log_part - jnp.where(log_whole > -jnp.inf, log_whole, 0), -jnp.inf)

@@ -27,20 +27,20 @@ class Chosen(NamedTuple):
 
 
 def log_total(log_weight_C: Array) -> Array:
-    """Log of the sum of weights; -inf of the dead, and no NaN."""
-    top = jnp.max(log_weight_C)
-    return jnp.where(top > -jnp.inf, jax.nn.logsumexp(jnp.where(top > -jnp.inf, log_weight_C, 0)), -jnp.inf)
+    """log of the sum of weights over the last axis; -inf, and no NaN, of the dead."""
+    some = jnp.max(log_weight_C, axis=-1) > -jnp.inf
+    return jnp.where(some, jax.nn.logsumexp(jnp.where(some[..., None], log_weight_C, 0), axis=-1), -jnp.inf)
 
 
 def shares(log_weight_C: Array) -> Array:
-    """Weights that sum to 1; zeros where all are dead."""
-    total = log_total(log_weight_C)
+    """Weights that sum to 1 over the last axis; zeros where all are dead."""
+    total = log_total(log_weight_C)[..., None]
     return jnp.where(log_weight_C > -jnp.inf, jnp.exp(log_weight_C - jnp.where(total > -jnp.inf, total, 0)), 0)
 
 
 def effective_size(log_weight_C: Array) -> Array:
-    """1 / the sum of squared shares; 0 where all are dead."""
-    squares = jnp.sum(jnp.square(shares(log_weight_C)))
+    """1 / the sum of squared shares over the last axis; 0 where all are dead."""
+    squares = jnp.sum(jnp.square(shares(log_weight_C)), axis=-1)
     return jnp.where(squares > 0, 1 / jnp.where(squares > 0, squares, 1), 0)
 
 
@@ -127,3 +127,16 @@ def _along(shares_C: Array, points_N: Array, length: Array | int) -> Array:
     upto_C = jnp.cumsum(shares_C)
     line_C = upto_C / jnp.where(upto_C[-1] > 0, upto_C[-1], 1) * length
     return jnp.searchsorted(line_C, points_N, side="right")
+
+
+def at_home(parent_N: Array, count: int) -> Array:
+    """Children ordered so that one of each particle that has any takes its place: int32 [N], which child goes where.
+
+    Only the places of particles without children change hands then, so that rows can be copied in place.
+    """
+    order_N = jnp.argsort(parent_N)
+    sorted_N = parent_N[order_N]
+    first_N = jnp.concatenate([jnp.ones(1, bool), sorted_N[1:] != sorted_N[:-1]])
+    free_N = jnp.nonzero(jnp.zeros(count, bool).at[parent_N].set(True) == 0, size=count, fill_value=count)[0]
+    place_N = jnp.where(first_N, sorted_N, free_N[jnp.cumsum(~first_N) - 1])
+    return jnp.zeros(count, jnp.int32).at[place_N].set(order_N.astype(jnp.int32))

@@ -19,6 +19,7 @@ from lmlab.core.types import Array, Key
 from lmlab.inference.resampling import (
     Chosen,
     Scheme,
+    at_home,
     effective_size,
     log_total,
     optimal,
@@ -55,8 +56,8 @@ class FeynmanKac:
     take: Callable[[State, Array], State]
     """`take(state_P, rows_N) -> state_N`: the chosen particles, repeats allowed."""
     twist: Callable[[State], Array] = lambda state: jnp.zeros(())
-    """`twist(state_P) -> log_twist_P`: how much of a particle's log-weight is a guess at its future, which `propose` takes
-    back at its next move; 0 of finished ones."""
+    """`twist(state_P) -> log_twist_P`: how much of a particle's log-weight is a guess at its future, which `propose`
+    takes back at its next move; 0 of finished ones."""
     record: Callable[[Moves], Any] = lambda moves: None
     """`record(moves_PK)`: arrays [P, K, ...] to be kept of every round."""
 
@@ -197,6 +198,7 @@ def _round(model: FeynmanKac, driver: Driver, params: Arrays, old: Population, k
     gain_PK = jnp.where(old.done_P[:, None], only_K, gain_PK.astype(jnp.float32) - jnp.log(children))
     log_weight_PK = jnp.where(old.log_weight_P[:, None] > -jnp.inf, old.log_weight_P[:, None] + gain_PK, -jnp.inf)
     chosen = driver.select(select_key, log_weight_PK.reshape(-1), count)
+    chosen = jax.tree.map(lambda x_N: x_N[at_home(chosen.index_N // children, count)], chosen)
     parent_P, child_P = chosen.index_N // children, chosen.index_N % children
     stays_P = old.done_P[parent_P] | (chosen.log_weight_N == -jnp.inf)
     state = model.commit(params, old.state, moves, parent_P, child_P, ~stays_P)

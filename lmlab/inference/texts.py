@@ -15,6 +15,7 @@ import numpy as np
 from flax import struct
 
 from lmlab.core.errors import check
+from lmlab.core.sharding import platform
 from lmlab.core.types import Array, Key, Params
 from lmlab.inference.blocks import blocks, in_blocks
 from lmlab.inference.engine import read_prompts
@@ -151,11 +152,24 @@ def _where(moving_P: Array, new_P: Array, old_P: Array) -> Array:
 
 
 def _take_cache(lm: LM, cache: Any, rows_N: Array, rows: int) -> Any:
-    """Rows of a cache; where each is to stay in its place nothing is copied."""
-    if len(rows_N) != rows:
+    """The chosen rows of a cache. A CPU copies those that change hands only, see `at_home`: a fifth of a step less."""
+    if len(rows_N) != rows or platform() != "cpu":
         return lm.take_rows(cache, rows_N)
-    stay = jnp.all(rows_N == jnp.arange(rows))
-    return jax.lax.cond(stay, lambda cache: cache, lambda cache: lm.take_rows(cache, rows_N), cache)
+
+    @jax.custom_batching.custom_vmap
+    def take(cache: Any, rows_N: Array) -> Any:
+        changed_N = rows_N != jnp.arange(rows)
+        to_N = jnp.nonzero(changed_N, size=rows, fill_value=rows)[0]
+        copy = lambda i, cache: lm.put_rows(cache, to_N[i, None], lm.take_rows(cache, rows_N[to_N[i, None]]))
+        return jax.lax.fori_loop(0, jnp.sum(changed_N), copy, cache)
+
+    @take.def_vmap
+    def _(size: int, batched: Any, cache: Any, rows_N: Array) -> tuple[Any, Any]:
+        # Populations side by side would each wait for the one that changes most, and copy all of it every time.
+        axes = jax.tree.map(lambda one: 0 if one else None, batched)
+        return jax.vmap(lm.take_rows, in_axes=axes)(cache, rows_N), jax.tree.map(lambda _: True, batched[0])
+
+    return take(cache, rows_N)
 
 
 @lru_cache
