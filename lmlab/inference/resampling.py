@@ -27,7 +27,7 @@ class Chosen(NamedTuple):
 
 
 def log_total(log_weight_C: Array) -> Array:
-    """log of the sum of weights over the last axis; -inf, and no NaN, of the dead."""
+    """Log of the sum of weights over the last axis; -inf, and no NaN, of the dead."""
     some = jnp.max(log_weight_C, axis=-1) > -jnp.inf
     return jnp.where(some, jax.nn.logsumexp(jnp.where(some[..., None], log_weight_C, 0), axis=-1), -jnp.inf)
 

@@ -103,8 +103,8 @@ class Population:
 
     @property
     def log_evidence(self) -> Array:
-        """Log of the estimate of Z: the mean weight."""
-        return log_total(self.log_weight_P) - jnp.log(len(self.log_weight_P))
+        """Log of the estimate of Z: the mean weight. Of several populations side by side, one each."""
+        return log_total(self.log_weight_P) - jnp.log(self.log_weight_P.shape[-1])
 
     @property
     def probabilities(self) -> Array:
