@@ -188,17 +188,23 @@ def only(particles: Population, chosen_P: Array) -> Population:
     return replace(particles, log_weight_P=jnp.where(chosen_P, particles.log_weight_P, -jnp.inf))
 
 
+def choose(driver: Driver, key: Key, log_weight_PK: Array) -> Chosen:
+    """As many children as there are particles, each in the place of its parent where it can be."""
+    count, children = log_weight_PK.shape
+    chosen = driver.select(key, log_weight_PK.reshape(-1), count)
+    order_P = at_home(chosen.index_N // children, count)
+    return jax.tree.map(lambda x_P: x_P[order_P], chosen)
+
+
 def _round(model: FeynmanKac, driver: Driver, params: Arrays, old: Population, key: Key) -> Population:
     propose_key, select_key = jax.random.split(key)
-    count = len(old.log_weight_P)
     moves, gain_PK = model.propose(params, propose_key, old.state, driver.children)
     children = gain_PK.shape[1]
     only_K = jnp.where(jnp.arange(children) == 0, 0.0, -jnp.inf)
     # Who is done has one child, itself.
     gain_PK = jnp.where(old.done_P[:, None], only_K, gain_PK.astype(jnp.float32) - jnp.log(children))
     log_weight_PK = jnp.where(old.log_weight_P[:, None] > -jnp.inf, old.log_weight_P[:, None] + gain_PK, -jnp.inf)
-    chosen = driver.select(select_key, log_weight_PK.reshape(-1), count)
-    chosen = jax.tree.map(lambda x_N: x_N[at_home(chosen.index_N // children, count)], chosen)
+    chosen = choose(driver, select_key, log_weight_PK)
     parent_P, child_P = chosen.index_N // children, chosen.index_N % children
     stays_P = old.done_P[parent_P] | (chosen.log_weight_N == -jnp.inf)
     state = model.commit(params, old.state, moves, parent_P, child_P, ~stays_P)
