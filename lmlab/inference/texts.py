@@ -120,7 +120,7 @@ def program_model(lm: LM, program: Program) -> FeynmanKac:
 
     def take(texts: Texts, rows_N: Array) -> Texts:
         contexts = jnp.arange(program.contexts)
-        cache_rows = (rows_N[:, None] * program.contexts + contexts).reshape(-1)
+        cache_rows = (rows_N[:, None] * program.contexts + contexts[None]).reshape(-1)
         rest = jax.tree.map(lambda x_P: x_P[rows_N], replace(texts, cache=()))
         return replace(rest, cache=_take_cache(lm, texts.cache, cache_rows, len(texts.length_P) * program.contexts))
 
