@@ -111,8 +111,10 @@ def program_model(lm: LM, program: Program) -> FeynmanKac:
             cache=old.cache,
         )  # fmt: skip
         kept = lambda new_P, old_P: jax.tree.map(partial(_where, moving_P), new_P, old_P)
+        logits_PMV = lm.logits(params[0], hidden_R1D[:, 0]).reshape(texts.logits_PMV.shape)
         return Texts(
-            cache=cache, logits_PMV=lm.logits(params[0], hidden_R1D[:, 0]).reshape(texts.logits_PMV.shape),
+            # Who waits at a boundary for others has read nothing.
+            cache=cache, logits_PMV=jnp.where(reads_PM[..., None], logits_PMV, old.logits_PMV),
             program_P=kept(new.program_P, old.program_P),
             tokens_PS=old.tokens_PS.at[at].set(new.tokens_PM[:, 0], mode="drop"), length_P=old.length_P + moving_P,
             log_twist_P=kept(new.log_twist_P, old.log_twist_P), finished_P=kept(new.finished_P, old.finished_P),
