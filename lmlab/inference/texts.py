@@ -112,9 +112,11 @@ def program_model(lm: LM, program: Program) -> FeynmanKac:
         )  # fmt: skip
         kept = lambda new_P, old_P: jax.tree.map(partial(_where, moving_P), new_P, old_P)
         logits_PMV = lm.logits(params[0], hidden_R1D[:, 0]).reshape(texts.logits_PMV.shape)
+        if program.contexts > 1 or program.boundary is not None:
+            # Contexts may go without a token, and who is at a boundary waits for others.
+            logits_PMV = jnp.where(reads_PM[..., None], logits_PMV, old.logits_PMV)
         return Texts(
-            # Who waits at a boundary for others has read nothing.
-            cache=cache, logits_PMV=jnp.where(reads_PM[..., None], logits_PMV, old.logits_PMV),
+            cache=cache, logits_PMV=logits_PMV,
             program_P=kept(new.program_P, old.program_P),
             tokens_PS=old.tokens_PS.at[at].set(new.tokens_PM[:, 0], mode="drop"), length_P=old.length_P + moving_P,
             log_twist_P=kept(new.log_twist_P, old.log_twist_P), finished_P=kept(new.finished_P, old.finished_P),
@@ -142,6 +144,8 @@ def _step(
     # A counter that a program makes a Python number, or of another type, would change what is compiled.
     new = jax.tree.map(lambda old, x: jnp.asarray(x, old.dtype), state, new)
     tokens = [context.token for context in particle.contexts]
+    if all(token is None for token in tokens):
+        raise ValueError("a step has to enter a token: sample, observe or intervene on a context's next_token()")
     tokens_M = jnp.stack([jnp.int32(0) if token is None else token for token in tokens])
     read_M = jnp.asarray([token is not None for token in tokens]) & ~particle.finished
     twist = jnp.where(particle.finished, 0, particle.log_twist)
