@@ -39,6 +39,9 @@ def test_the_python_examples_run_as_they_stand(capsys):
     exec(compile(next(text for text in EXAMPLES if "random_preferences" in text), "README.md", "exec"), names)
     accuracy, margin = (float(value) for value in capsys.readouterr().out.split()[-2:])
     assert (accuracy, margin) == (0.5, 0)
+    exec(compile(next(text for text in EXAMPLES if "def alternate" in text), "README.md", "exec"), names)
+    tokens_PS = names["particles"].state.tokens_PS
+    assert {int(token) % 2 for token in tokens_PS[:, 0]} == {1}
 
 
 def test_the_example_of_a_real_model_runs_on_a_tiny_one(tmp_path, monkeypatch, capsys):
