@@ -86,9 +86,7 @@ def draft_text(
     """Continuations by speculative decoding. Raises `UserError` where the two cut text in different ways."""
     codec, other = tokenizer_of(target), tokenizer_of(draft)
     tokens = encode_prompts(codec, prompts)
-    same = np.array_equal(codec.token_bytes_V, other.token_bytes_V) and all(
-        map(np.array_equal, tokens, encode_prompts(other, prompts))
-    )
+    same = codec.spellings_V == other.spellings_V and all(map(np.array_equal, tokens, encode_prompts(other, prompts)))
     check(same, "draft", "another tokenizer", "that of the model")
     models = Model(target.lm, target.params), Model(draft.lm, draft.params)
     drawn = speculate(*models, tokens, key, config, ahead=ahead, verify=verify, end_ids=codec.end_ids).samples

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lmlab.data.config import Bytes, Tokenizer, TokenizerFile, TrainedBPE
 from lmlab.data.folders import build_once
 from lmlab.data.progress import say
 from lmlab.data.sources import Document
+from lmlab.data.spellings import spellings
 
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[SEP]", "[EOS]")
 """Names that published tokenizers give to the token that ends a text, the usual ones first."""
@@ -42,12 +44,17 @@ class TextTokenizer:
     [T, 2] the characters of the text that each stands for, from and to."""
     decode: Callable[[Iterable[int]], str]
     """Ids to text: special tokens vanish, bytes that are not UTF-8 become U+FFFD."""
-    token_bytes_V: np.ndarray
-    """float32, the bytes of text that each token stands for; 0 for special tokens."""
+    spellings_V: tuple[bytes, ...]
+    """The bytes that each token stands for in the middle of a text; b"" for special tokens."""
     fingerprint: str
     """Hash of all that decides how text is encoded."""
     save: Callable[[Path], None]
     """Write what `load_tokenizer` needs into a folder."""
+
+    @cached_property
+    def token_bytes_V(self) -> np.ndarray:  # noqa: N802 (a field to its readers)
+        """float32, how many bytes of text each token stands for; 0 for special tokens."""
+        return np.asarray([len(spelling) for spelling in self.spellings_V], np.float32)
 
 
 def build_tokenizer(
@@ -108,9 +115,9 @@ def byte_tokenizer() -> TextTokenizer:
     def save(folder: Path) -> None:
         (folder / RECORD).write_text(json.dumps({"kind": "bytes"}), encoding="utf-8")
 
-    token_bytes_V = np.append(np.ones(256, np.float32), np.float32(0))
+    spelled = (*(bytes([byte]) for byte in range(256)), b"")
     return TextTokenizer(
-        257, 256, (256,), (256,), encode_batch, encode_marked, decode, token_bytes_V, "bytes-1", save
+        257, 256, (256,), (256,), encode_batch, encode_marked, decode, spelled, "bytes-1", save
     )  # fmt: skip
 
 
@@ -157,7 +164,7 @@ def wrap_tokenizer(
     vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
     fingerprint = hashlib.blake2b(f"{end_token}\n{serialised}".encode(), digest_size=16).hexdigest()
     return TextTokenizer(
-        vocab_size, end_id, begin, ends, encode_batch, encode_marked, decode, _token_bytes(model, vocab_size),
+        vocab_size, end_id, begin, ends, encode_batch, encode_marked, decode, spellings(model, vocab_size),
         fingerprint, save,
     )  # fmt: skip
 
@@ -202,35 +209,6 @@ def find_end_token(model: tokenizers.Tokenizer, wanted: str, path: Path) -> str:
         "data.tokenizer.end_token", wanted, f"a token of {path}",
         f"Its special tokens: {', '.join(special[:20]) or 'none'}. The usual names: {', '.join(END_TOKENS)}.",
     )  # fmt: skip
-
-
-def _token_bytes(model: tokenizers.Tokenizer, vocab_size: int) -> np.ndarray:
-    """Bytes of each token, float32 [V]: exact for byte-level and byte-fallback vocabularies.
-
-    Where a vocabulary normalises text or drops spaces (WordPiece) the sum is only near a text's length.
-    """
-    added = model.get_added_tokens_decoder()
-    settings = json.loads(model.to_str())
-    parts = json.dumps([settings.get("pre_tokenizer"), settings.get("decoder")])
-    count = _count_byte_level if '"ByteLevel"' in parts else _count_sentencepiece
-    bytes_V = np.zeros(vocab_size, np.float32)
-    for token, i in model.get_vocab(with_added_tokens=True).items():
-        if i in added:
-            bytes_V[i] = 0 if added[i].special else len(token.encode())
-        else:
-            bytes_V[i] = count(token)
-    return bytes_V
-
-
-def _count_byte_level(token: str) -> int:
-    # Byte-level vocabularies write every byte as one printable character.
-    return len(token)
-
-
-def _count_sentencepiece(token: str) -> int:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return 1
-    return len(token.removeprefix("##").replace("▁", " ").encode())
 
 
 def _trained_bpe(

@@ -64,9 +64,16 @@ def test_text_survives_and_bytes_add_up(tokenizer, nasty):
         assert tokenizer.end_id not in ids_T
 
 
+def test_spellings_of_tokens_are_the_text(tokenizer, nasty):
+    assert len(tokenizer.spellings_V) == tokenizer.vocab_size
+    for text, ids_T in zip(nasty, tokenizer.encode_batch(nasty), strict=True):
+        assert b"".join(tokenizer.spellings_V[i] for i in ids_T) == text.encode()
+
+
 def test_special_tokens_have_no_bytes_and_no_text(tokenizer):
     assert tokenizer.token_bytes_V.shape == (tokenizer.vocab_size,)
     assert tokenizer.token_bytes_V[tokenizer.end_id] == 0
+    assert tokenizer.spellings_V[tokenizer.end_id] == b""
     assert tokenizer.decode([tokenizer.end_id]) == ""
 
 
