@@ -72,7 +72,9 @@ def minimal(automaton: Automaton) -> Automaton:
     """The same texts with the fewest states, by Moore's refinement; those that lead to no accepted text are gone."""
     # State Q stands for -1: it goes to itself.
     states = len(automaton.next_QB)
-    next_SB = np.pad(np.where(automaton.next_QB < 0, states, automaton.next_QB), ((0, 1), (0, 0)), constant_values=states)
+    next_SB = np.pad(
+        np.where(automaton.next_QB < 0, states, automaton.next_QB), ((0, 1), (0, 0)), constant_values=states
+    )
     class_S = np.append(automaton.accepts_Q, False).astype(np.int64)
     count = 0
     while count < (count := len(np.unique(class_S))):
@@ -90,8 +92,8 @@ def minimal(automaton: Automaton) -> Automaton:
 def constrained(
     automaton: Automaton, spellings: Sequence[bytes], end_ids: Sequence[int] = (), tokens: int | None = None
 ) -> Program:  # fmt: skip
-    """Text that an automaton accepts, by the locally optimal proposal: a token is drawn among those after which the text
-    can still be accepted, and weighs their mass (arXiv 2306.03081, section 4; 2.2 for what the target is).
+    """Text that an automaton accepts, by the locally optimal proposal: a token is drawn among those after which the
+    text can still be accepted, and weighs their mass (arXiv 2306.03081, section 4).
 
     spellings: bytes of each of V tokens; those of none, special ones, are never drawn. end_ids: the tokens that end the
     text, where it is accepted; none: the text goes on until its room is filled, and what is there is not looked at.
@@ -146,11 +148,12 @@ def _alive(next_QV: np.ndarray, accepts_Q: np.ndarray, ends: bool, tokens: int |
     The last states are those of texts that have ended, and of those with no way to go on.
     """
     states = len(accepts_Q)
-    moves_SS = np.eye(states + 2, dtype=bool)[:, :] & (np.arange(states + 2) == states)
+    moves_SS = np.zeros((states + 2, states + 2), bool)
+    moves_SS[states, states] = True
     for state in range(states):
         moves_SS[state, next_QV[state]] = True
     moves_SS[:, -1] = False
-    alive = [np.append(accepts_Q & ~ends, [True, False])]
+    alive = [np.append(accepts_Q & (not ends), [True, False])]
     while tokens is None or len(alive) <= tokens:
         more_S = np.any(moves_SS & alive[-1], axis=1)
         if tokens is None:

@@ -18,9 +18,9 @@ LAST = "\U0010ffff"
 
 
 def regex(pattern: str) -> Automaton:
-    """Texts that a pattern matches as a whole, in the syntax of the Rust library regex: no looking around.
+    r"""Texts that a pattern matches as a whole, in the syntax of the Rust library regex: no looking around.
 
-    `.`, `\\w` and `\\d` are of all Unicode. Raises `UserError` for a pattern that cannot be read or matches nothing.
+    `.`, `\w` and `\d` are of all Unicode. Raises `UserError` for a pattern that cannot be read or matches nothing.
     """
     _index(pattern, pattern)
     # An Index lacks the bytes that follow an accepted text without making another: (ab)+ has no "aba". So nothing is

@@ -1,0 +1,88 @@
+"""A model whose next token depends on the last one alone, all of its texts, and what programs make of them."""
+
+from collections import defaultdict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmlab.inference.blocks import blocks, in_blocks
+from lmlab.inference.smc import run, standard
+from lmlab.inference.texts import at_boundary, begin, program_model
+from lmlab.models.lm import LM
+
+
+def bigram_lm(vocab, max_length=64):
+    """After token u comes v with the softmax of params["logits_VV"][u]."""
+
+    def apply(params, inputs, *, positions_BT=None, segments_BT=None, mask=None, cache=None):
+        del params, positions_BT, segments_BT, mask
+        return jax.nn.one_hot(inputs, vocab), cache
+
+    lm = LM(
+        config=None, vocab_size=vocab, max_length=max_length, init=lambda key: {}, apply=apply,
+        embed=lambda params, tokens_BT: tokens_BT, head=lambda params: params,
+        logits=lambda params, hidden: hidden @ params["logits_VV"],
+        init_cache=lambda batch, length: jnp.zeros((batch, length)),
+        take_rows=lambda cache, rows_N: cache[rows_N],
+        put_rows=lambda cache, rows_N, other: cache.at[rows_N].set(other), rewind=lambda cache, length_B: cache,
+        resize=lambda cache, length: jnp.zeros((len(cache), length)), axes={},
+        for_decoding=lambda params: (lm, params),
+    )  # fmt: skip
+    return lm
+
+
+def random_params(vocab, seed=0):
+    return {"logits_VV": jax.random.normal(jax.random.key(seed), (vocab, vocab))}
+
+
+def chances(params, first, ends, longest):
+    """Probability of each text after a prompt that ends with `first`: it has `longest` tokens, or ends before."""
+    p_VV = np.asarray(jax.nn.softmax(params["logits_VV"]), float)
+    done, going = {}, {(): 1.0}
+    while going:
+        text, p = going.popitem()
+        if len(text) == longest or (text and text[-1] in ends):
+            done[text] = p
+        else:
+            going |= {(*text, v): p * p_VV[text[-1] if text else first, v] for v in range(len(p_VV))}
+    return done
+
+
+def runs(lm, params, program, firsts, longest, particles=4, count=2000, driver=None, seed=0):
+    """Populations of as many runs, after prompts of one token each: log-weights and tokens [count, P, ...]."""
+    driver = driver or standard()
+    state = begin(lm, params, program, [np.asarray([first], np.int32) for first in firsts], particles, longest)
+    model = program_model(lm, program)
+    if program.boundary is not None:
+        model, state = in_blocks(model, at_boundary(program), longest), blocks(state, particles)
+
+    def one(key):
+        population = run(model, driver, (params, program.tables), state, key, longest)
+        texts = population.state if program.boundary is None else population.state.inner
+        return population.log_weight_P, texts.tokens_PS, texts.length_P, texts.finished_P
+
+    return [np.asarray(x) for x in jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(seed), count))]
+
+
+def marks(text):
+    """What is counted of a text; single ones are too rare."""
+    return "all", ("first", text[:1]), ("second", text[1:2]), ("last", text[-1:]), ("length", len(text))
+
+
+def assert_posterior(made, weights, sigmas=4.5):
+    """Runs weigh each kind of text as `weights` say, in the mean; Z is among it, and no text of weight 0."""
+    log_weight_CP, tokens_CPS, length_CP, _ = made
+    assert not np.isnan(log_weight_CP).any()
+    wanted, seen = defaultdict(float), defaultdict(lambda: np.zeros(len(log_weight_CP)))
+    for text, weight in weights.items():
+        for mark in marks(text):
+            wanted[mark] += weight
+    for c, p in np.argwhere(log_weight_CP > -np.inf):
+        text = tuple(tokens_CPS[c, p, : length_CP[c, p]].tolist())
+        assert weights.get(text, 0) > 0, text
+        for mark in marks(text):
+            seen[mark][c] += np.exp(log_weight_CP[c, p]) / log_weight_CP.shape[1]
+    for mark, mean in wanted.items():
+        error = seen[mark].std() / np.sqrt(len(log_weight_CP))
+        assert abs(seen[mark].mean() - mean) < sigmas * error + 1e-3 * wanted["all"], (mark, seen[mark].mean(), mean)
