@@ -14,8 +14,8 @@ from lmlab.core.errors import check
 from lmlab.core.types import Array
 from lmlab.inference.programs import Particle, Program
 
-MOST_MOVES = 2**26
-"""States times tokens of a table at most: 256 MiB."""
+MOST_MOVES = 2**28
+"""States times tokens of a table at most: 512 MiB, where there are fewer than 2^15 states."""
 LOOKED_BACK = 256
 """Bytes at the end of a prompt that an automaton may have begun with."""
 
@@ -127,19 +127,28 @@ def _next_tokens(automaton: Automaton, spellings: Sequence[bytes], end_ids: Sequ
           f"at most {MOST_MOVES // vocab} states", "Say it with fewer: [0-9] has one where \\d has many.")  # fmt: skip
     wrong = [i for i in end_ids if not 0 <= i < vocab]
     check(not wrong, "end_ids", wrong, f"tokens below {vocab}")
-    table_QB = np.append(automaton.next_QB, np.full((1, 256), -1, np.int32), axis=0)
-    order_V = sorted(range(vocab), key=lambda i: -len(spellings[i]))
-    next_QV = np.repeat(np.arange(states, dtype=np.int32)[:, None], vocab, axis=1)
-    left = vocab
+    kind = np.int16 if states < 2**15 - 1 else np.int32
+    # Some states at a time: between them a table has four bytes a place.
+    blocks = (np.arange(states, dtype=np.int32)[i : i + 256] for i in range(0, states, 256))
+    next_QV = np.concatenate([_after_tokens(automaton.next_QB, block_R, spellings).astype(kind) for block_R in blocks])
+    next_QV[:, list(end_ids)] = np.where(automaton.accepts_Q, states, -1)[:, None]
+    return next_QV
+
+
+def _after_tokens(next_QB: np.ndarray, state_R: np.ndarray, spellings: Sequence[bytes]) -> np.ndarray:
+    """[R, V]: the state after each token in each of some states; -1 after tokens without bytes."""
+    table_QB = np.append(next_QB, np.full((1, 256), -1, np.int32), axis=0)
+    # Longest first: those that have a byte at some place are the first ones.
+    order_V = sorted(range(len(spellings)), key=lambda i: -len(spellings[i]))
+    next_RV = np.repeat(state_R[:, None], len(spellings), axis=1)
+    left = len(spellings)
     for i in range(len(spellings[order_V[0]])):
         while len(spellings[order_V[left - 1]]) <= i:
             left -= 1
-        bytes_V = np.asarray([spellings[token][i] for token in order_V[:left]])
-        next_QV[:, :left] = table_QB[next_QV[:, :left], bytes_V]
-    next_QV[:, [len(spellings[i]) == 0 for i in order_V]] = -1
-    next_QV = next_QV[:, np.argsort(order_V)]
-    next_QV[:, list(end_ids)] = np.where(automaton.accepts_Q, states, -1)[:, None]
-    return next_QV.astype(np.int16) if states < 2**15 - 1 else next_QV
+        byte_V = np.asarray([spellings[token][i] for token in order_V[:left]])
+        next_RV[:, :left] = table_QB[next_RV[:, :left], byte_V]
+    next_RV[:, [not spellings[token] for token in order_V]] = -1
+    return next_RV[:, np.argsort(order_V)]
 
 
 def _alive(next_QV: np.ndarray, accepts_Q: np.ndarray, ends: bool, tokens: int | None) -> np.ndarray:
