@@ -66,7 +66,7 @@ def intersection(contexts: int, end_ids: Sequence[int] = ()) -> Program:
     check(contexts >= 2, "contexts", contexts, "at least 2 prompts")
 
     def step(p: Particle, state: Any) -> Any:
-        product = Categorical(sum(context.logprobs_V for context in p.contexts))
+        product = Categorical(jnp.sum(jnp.stack([context.logprobs_V for context in p.contexts]), axis=0))
         token = p.sample(p.context.next_token(), product)
         for context in p.contexts[1:]:
             p.observe(context.next_token(), token)
