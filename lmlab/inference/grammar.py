@@ -26,12 +26,12 @@ others, which a model may well write, would be lost from the posterior."""
 
 
 def grammar(text: str, spellings: Sequence[bytes], end_ids: Sequence[int], tokens: int) -> Program:
-    """Text of a grammar in the syntax of Lark, as llguidance reads it (arXiv 2306.03081, section 4): `start: "a" start?`
+    """Text of a grammar in the syntax of Lark, as llguidance reads it, such as `start: "a" start?`.
 
-    By the locally optimal proposal: tokens are drawn among those that may follow, and weigh their mass. spellings: bytes
-    of each of V tokens; those of none, special ones, are never drawn. end_ids: the tokens that end a text, where it is
-    complete. tokens: how many a text may have; who needs more is cut short, and has not finished. Raises `UserError`
-    for a grammar that cannot be read, with the library's message.
+    By the locally optimal proposal: tokens are drawn among those that may follow, and weigh their mass (arXiv
+    2306.03081, section 4). spellings: bytes of each of V tokens; those of none, special ones, are never drawn. end_ids:
+    the tokens that end a text, where it is complete. tokens: how many a text may have; one that needs more is cut short
+    and has not finished. Raises `UserError` for a grammar that cannot be read, with the library's message.
     """
     return _parsed("grammar", text, text + ANY_TOKENS, spellings, end_ids, tokens)
 

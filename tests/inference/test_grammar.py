@@ -139,5 +139,5 @@ def test_a_schema_that_cannot_be_read_is_told(schema):
 
 def test_rude_numbers_are_told():
     for ends, tokens in (([], 4), ([13], 4), ([-1], 4), ([END], 0)):
-        with pytest.raises(UserError, match="end_ids|tokens"):
+        with pytest.raises(UserError, match=r"end_ids|tokens"):
             grammar(NESTED, SPELLINGS, ends, tokens)
