@@ -34,8 +34,10 @@ def log_total(log_weight_C: Array) -> Array:
 
 def shares(log_weight_C: Array) -> Array:
     """Weights that sum to 1 over the last axis; zeros where all are dead."""
-    total = log_total(log_weight_C)[..., None]
-    return jnp.where(log_weight_C > -jnp.inf, jnp.exp(log_weight_C - jnp.where(total > -jnp.inf, total, 0)), 0)
+    # The log of their sum is rounded to a part in 1e7 of itself, and may be large: equal weights would differ from 1/C.
+    top = jnp.max(log_weight_C, axis=-1, keepdims=True)
+    parts_C = jnp.exp(log_weight_C - jnp.where(top > -jnp.inf, top, 0))
+    return parts_C / jnp.maximum(jnp.sum(parts_C, axis=-1, keepdims=True), 1)
 
 
 def effective_size(log_weight_C: Array) -> Array:
