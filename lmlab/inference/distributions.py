@@ -72,7 +72,8 @@ class Geometric:
     def log_prob(self, value: Array | int) -> Array:
         """Of an int; -inf below 1."""
         value = jnp.asarray(value)
-        logs = safe_log(jnp.asarray(self.probability)) + (value - 1) * jnp.log1p(-jnp.asarray(self.probability))
+        probability = jnp.asarray(self.probability)
+        logs = safe_log(probability) + jax.scipy.special.xlog1py(value - 1, -probability)
         return jnp.where(value >= 1, logs, -jnp.inf)
 
     def take(self, value: Array | int) -> None:

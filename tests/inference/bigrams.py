@@ -126,6 +126,20 @@ def true_twists(tables):
         return jnp.asarray(np.log(value_TV), jnp.float32)
 
 
-def number(text):
-    """One number for each text."""
-    return sum(SYMBOLS**t * (symbol + 1) for t, symbol in enumerate(text))
+def text_weights(tokens_RPT, length_RP, log_weight_RP):
+    """Of R populations: the part of the mean weight that each of TEXTS has, [R, X]."""
+    number = lambda text: sum((symbol + 1) * (SYMBOLS + 1) ** t for t, symbol in enumerate(text))
+    place = {number(text): i for i, text in enumerate(TEXTS)}
+    weight_RP = np.exp(np.asarray(log_weight_RP, np.float64)) / np.shape(log_weight_RP)[1]
+    digits_RPT = np.where(np.arange(LONGEST) < np.asarray(length_RP)[..., None], np.asarray(tokens_RPT) + 1, 0)
+    number_RP = digits_RPT @ (SYMBOLS + 1) ** np.arange(LONGEST)
+    sums_RX = np.zeros((len(weight_RP), len(TEXTS)))
+    for row, particle in zip(*np.nonzero(weight_RP), strict=True):
+        sums_RX[row, place[number_RP[row, particle]]] += weight_RP[row, particle]
+    return sums_RX
+
+
+def errors(samples_R, expected):
+    """By how many standard errors the mean is off, of each column."""
+    error = samples_R.std(axis=0) / len(samples_R) ** 0.5
+    return (samples_R.mean(axis=0) - expected) / np.maximum(error, 1e-7)

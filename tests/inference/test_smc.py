@@ -15,11 +15,12 @@ from bigrams import (
     NO_TWIST,
     SYMBOLS,
     TEXTS,
+    errors,
     log_twists,
-    number,
     random_tables,
     starting,
     tables,
+    text_weights,
     true_twists,
     weight_of,
 )
@@ -61,28 +62,10 @@ def many(name):
 
 @cache
 def drawn(name, proposal):
-    """Of every run: the mean weight, and how much of it each of TEXTS has."""
-    place = {number(text): i for i, text in enumerate(TEXTS)}
-    found = many(name)(
-        PROPOSALS[proposal], jax.random.key(10 * list(DRIVERS).index(name) + list(PROPOSALS).index(proposal))
-    )
-    weight_RP = np.exp(np.asarray(found.log_weight_P, np.float64))
-    tokens_RPT, length_RP = np.asarray(found.state.tokens_PT), np.asarray(found.state.length_P)
-    digits_RPT = np.where(np.arange(LONGEST) < length_RP[..., None], tokens_RPT + 1, 0)
-    number_RP = digits_RPT @ SYMBOLS ** np.arange(LONGEST)
-    share_RX = np.zeros((RUNS, len(TEXTS)))
-    row_R = np.arange(RUNS)
-    for p in range(weight_RP.shape[1]):
-        # The dead have no whole text.
-        column_R = [place.get(n, 0) for n in number_RP[:, p]]
-        share_RX[row_R, column_R] += weight_RP[:, p] / weight_RP.shape[1]
-    return found, share_RX
-
-
-def errors(samples_R, expected):
-    """By how many standard errors the mean is off, of each column."""
-    error = samples_R.std(axis=0) / len(samples_R) ** 0.5
-    return (samples_R.mean(axis=0) - expected) / np.maximum(error, 1e-7)
+    """The runs, and of each how much of the mean weight each of TEXTS has."""
+    key = jax.random.key(10 * list(DRIVERS).index(name) + list(PROPOSALS).index(proposal))
+    found = many(name)(PROPOSALS[proposal], key)
+    return found, text_weights(found.state.tokens_PT, found.state.length_P, found.log_weight_P)
 
 
 @pytest.mark.parametrize("name", DRIVERS)
