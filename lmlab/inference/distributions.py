@@ -97,8 +97,10 @@ class Context:
         return NextToken(self)
 
     def mask(self, allowed_V: Array) -> "Mask":
-        """Whether the next token is one of these."""
-        return Mask(self, allowed_V)
+        """Whether the next token is one of these. Tokens beyond the end of the mask are none of them: models have more
+        logits than their tokenizers tokens, where that made their arrays rounder.
+        """
+        return Mask(self, jnp.pad(allowed_V, (0, len(self.logprobs_V) - len(allowed_V))))
 
 
 @dataclass(frozen=True, eq=False)
