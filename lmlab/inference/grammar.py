@@ -39,7 +39,8 @@ def grammar(text: str, spellings: Sequence[bytes], end_ids: Sequence[int], token
 def json_schema(
     schema: str | dict[str, Any], spellings: Sequence[bytes], end_ids: Sequence[int], tokens: int
 ) -> Program:
-    """JSON that a schema describes; the rest as of `grammar`. Raises `UserError` for a schema that cannot be read, or
+    """JSON that a schema describes; the rest as of `grammar`. Any white space may stand between its parts, unless the
+    schema has `"x-guidance": {"whitespace_flexible": false}`. Raises `UserError` for a schema that cannot be read, or
     that says what the library cannot enforce.
     """
     try:

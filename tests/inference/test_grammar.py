@@ -33,12 +33,12 @@ def spelled(text):
     return b"".join(SPELLINGS[token] for token in text)
 
 
-def allowed_by(program):
+def allowed_by(program, vocab=VOCAB):
     """`allowed(path)`: the tokens that a step leaves after a path."""
 
     @jax.jit
     def masked(path_T, length):
-        p = Particle(jax.random.key(0), jnp.full((1, VOCAB), -jnp.log(VOCAB)), program.tables, length)
+        p = Particle(jax.random.key(0), jnp.full((1, vocab), -jnp.log(vocab)), program.tables, length)
         program.step(p, path_T)
         return p.context.logprobs_V
 
@@ -87,6 +87,33 @@ def test_a_schema_is_a_language():
     assert len(fine) > 4
     made = runs(LM, PARAMS, json_schema(json.dumps(schema), SPELLINGS, [END], LONGEST), [FIRST], LONGEST, count=300)
     assert_posterior((np.where(made[3], made[0], -np.inf), *made[1:]), fine)
+
+
+def test_white_space_is_left_out_where_a_schema_says_so():
+    spellings = [bytes([byte]) for byte in range(256)] + [b""]
+    schema = {"type": "array", "items": {"const": 1}, "maxItems": 1}
+    for extra, fine in (({}, b"\t\n\r 1]"), ({"x-guidance": {"whitespace_flexible": False}}, b"1]")):
+        program = json_schema(schema | extra, spellings, [256], 8)
+        assert allowed_by(program, 257)([ord("[")]) == set(fine)
+
+
+def test_children_ask_once_for_their_parent(monkeypatch):
+    asked = []
+    allowed = grammars._Parsers.allowed
+    monkeypatch.setattr(
+        grammars._Parsers, "allowed", lambda *args: asked.append(np.shape(args[2])) or allowed(*args)
+    )  # fmt: skip
+    program = grammar(NESTED, SPELLINGS, [END], LONGEST)
+    runs(LM, PARAMS, program, [FIRST], LONGEST, count=5, driver=steering(3))
+    assert asked
+    assert {int(np.prod(shape)) for shape in asked} == {5 * 4}
+
+
+def test_models_may_have_more_tokens_than_their_tokenizer():
+    lm, params = bigram_lm(VOCAB + 3), random_params(VOCAB + 3)
+    log_weight_CP, tokens_CPS, *_ = runs(lm, params, grammar(NESTED, SPELLINGS, [END], 4), [FIRST], 4, count=20)
+    assert (log_weight_CP > -np.inf).any()
+    assert tokens_CPS[log_weight_CP > -np.inf].max() < VOCAB
 
 
 def test_equal_texts_are_parsed_once_and_forgotten_texts_again(monkeypatch):
