@@ -22,7 +22,7 @@ LOOKED_BACK = 256
 
 @dataclass(frozen=True, eq=False)
 class Automaton:
-    """Q states; state -1, the last row of what is indexed by it, is that of texts with no way to go on."""
+    """Q states, and state -1 of texts that nothing can be added to: as an index it is the last place of an array."""
 
     next_QB: np.ndarray
     """int32 [Q, 256], the state after each byte; -1: it may not follow."""

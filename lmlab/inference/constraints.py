@@ -23,9 +23,10 @@ def regex(pattern: str) -> Automaton:
     `.`, `\w` and `\d` are of all Unicode. Raises `UserError` for a pattern that cannot be read or matches nothing.
     """
     _index(pattern, pattern)
-    # An Index lacks the bytes that follow an accepted text without making another: (ab)+ has no "aba". So nothing is
-    # accepted in it but texts with a last character that no text has; before that one a text is accepted.
-    index = _index(pattern, f"(?:{pattern}){LAST}")
+    # An Index (of outlines-core 0.2.14) lacks the bytes that follow an accepted text without making another: (ab)+ has
+    # no "aba". So nothing is accepted in it but texts with a last character that no text has; before that one a text is
+    # accepted. The line break ends a comment that the pattern may end with; what is before it matches nothing.
+    index = _index(pattern, f"(?:{pattern}|[^\\s\\S]\n){LAST}")
     moves, first, finals = index.get_transitions(), index.get_initial_state(), index.get_final_states()
     places = {state: i for i, state in enumerate([first, *({*moves, *finals} - {first})])}
     next_QB = np.full((len(places), 256), -1, np.int32)

@@ -17,7 +17,7 @@ def accepted(automaton):
     return {text for text in TEXTS if automaton.accepts(text.encode())}
 
 
-@pytest.mark.parametrize("pattern", ["a*b|cc", "(ab|ba)+ ?c*", "", "[^a]{2,3}", "a.b", "(?i)AB+"])
+@pytest.mark.parametrize("pattern", ["a*b|cc", "(ab|ba)+ ?c*", "", "[^a]{2,3}", "a.b", "(?i)AB+", "(?x)a b # c"])
 def test_patterns_match_whole_texts(pattern):
     assert accepted(regex(pattern)) == {text for text in TEXTS if re.fullmatch(pattern, text)}
 
