@@ -17,6 +17,8 @@ from lmlab.label_noise.config import LabelNoise
 from lmlab.models.config import GrowthConfig
 from lmlab.ordering import Order, order
 from lmlab.recipe import RUNS, Grown, MultiToken, Pretrain, load_recipe
+from lmlab.steering.command import steer
+from lmlab.steering.config import Steer
 from lmlab.train.config import HostsConfig
 
 
@@ -229,13 +231,10 @@ def evaluate(args: Eval) -> int:
     """Print values and what stands beside them."""
     from lmlab.evaluation import evaluate_run, evaluate_tasks, evaluate_texts
 
-    values: dict[str, float] = {}
-    if args.tasks:
-        values |= evaluate_tasks(Path(args.model), args.tasks, args.limit, args.dtype)
-    if args.texts:
-        values |= evaluate_texts(Path(args.model), args.texts, args.dtype)
-    if not args.tasks and not args.texts:
-        values |= evaluate_run(Path(args.model))
+    model = Path(args.model)
+    values = evaluate_tasks(model, args.tasks, args.limit, args.dtype) if args.tasks else {}
+    values |= evaluate_texts(model, args.texts, args.dtype) if args.texts else {}
+    values |= {} if args.tasks or args.texts else evaluate_run(model)
     for name, value in values.items():
         print(f"{name:24s} {value:.4f}")
     return 0
@@ -289,6 +288,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "run": (Run, run),
     "grow": (Grow, grow),
     "generate": (Generate, generate),
+    "steer": (Steer, steer),
     "eval": (Eval, evaluate),
     "convert": (Convert, convert),
     "report": (Report, report),

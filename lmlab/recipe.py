@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 from lmlab.core.errors import UserError, check
 from lmlab.data.config import ConversationsConfig, DataConfig
@@ -208,16 +209,23 @@ def load_recipe(name: str) -> tuple[str, Pretrain]:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in folder.glob("*.py"))) or "none here"
         raise UserError("recipe", name, "a Python file, or the name of one in ./configs", f"There: {known}.")
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UserError("recipe", name, "a Python file")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses defined in the file look their module up here.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = load_file("recipe", path)
     if not callable(getattr(module, "recipe", None)):
         raise UserError("recipe", name, "a file with a function recipe() that returns lmlab.recipe.Pretrain")
     made = module.recipe()
     if not isinstance(made, Pretrain):
         raise UserError("recipe", name, f"recipe() to return lmlab.recipe.Pretrain, not {type(made).__name__}")
     return path.stem, made
+
+
+def load_file(kind: str, path: Path) -> ModuleType:
+    """A user's Python file as a module; what it raises is told as Python does. Raises `UserError` if it is none."""
+    check(path.is_file(), kind, str(path), "a Python file that is there")
+    spec = importlib.util.spec_from_file_location(f"{kind}_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(kind, str(path), "a Python file")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses defined in the file look their module up here.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

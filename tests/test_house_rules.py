@@ -27,7 +27,7 @@ ALLOWED = {
 FREE = {
     "adapters", "cli", "commands", "distillation", "doctor", "evaluation", "finetune", "growing", "label_noise",
     "loading", "multi_token", "ordering", "plan", "policy", "preference", "pretrain", "recipe", "reference", "runs",
-    "talk", "training",
+    "steering", "talk", "training",
 }  # fmt: skip
 """Modules that put the parts together, and import any of them; nothing but `testing` and they import them."""
 LIGHT = re.compile(r"^lmlab(\.cli|\.commands|\.recipe|\.core\.errors|\.core\.serialize|(\.\w+)*\.config)$")

@@ -1,0 +1,103 @@
+"""What `lmlab steer` does. JAX is imported inside, so that help is there at once."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+from lmlab.core.errors import UserError, check
+from lmlab.recipe import RUNS
+from lmlab.steering.config import Steer
+
+
+def steer(args: Steer) -> int:
+    """Run, write the folder, print the result. 1: no text is left; 130 or 143: stopped by SIGINT or SIGTERM."""
+    from lmlab.inference.text import encode_prompts
+    from lmlab.interop.pretrained import tokenizer_of
+    from lmlab.label_noise.clean import open_folder
+    from lmlab.loading import load_model
+    from lmlab.steering.programs import find_program
+    from lmlab.train.folder import is_run
+
+    source = Path(args.model)
+    build = find_program(args.program, len(args.prompt), args.temperature)
+    folder = Path(args.out) if args.out else RUNS / f"{source.resolve().name.removesuffix('.gguf')}-steer"
+    check(not is_run(folder), "--out", str(folder), "a folder other than that of a run",
+          "report.html is written there.")  # fmt: skip
+    model = load_model(source, args.dtype)
+    codec = tokenizer_of(model)
+    program = build(codec)
+    open_folder(folder)
+    outcome = watched(model, program, codec, encode_prompts(codec, args.prompt), args)
+    write(outcome, codec, args, folder)
+    if outcome.stopped_by:
+        return 128 + signal.Signals[outcome.stopped_by]
+    return 0 if outcome.posterior else 1
+
+
+def driver_of(args: Steer) -> Any:
+    """The driver that the options say."""
+    from lmlab.inference import resampling
+    from lmlab.inference.smc import standard, steering
+
+    if args.method == "steer":
+        return steering(args.children)
+    return standard(getattr(resampling, args.scheme), args.threshold)
+
+
+def watched(model: Any, program: Any, codec: Any, prompts: list[Any], args: Steer) -> Any:
+    """The outcome of all rounds, or of those until a signal; each is shown when it is made."""
+    import jax
+
+    from lmlab.inference.posterior import particle_texts, written
+    from lmlab.inference.smc import only
+    from lmlab.inference.texts import infer
+    from lmlab.steering.rounds import conclude, own_weights, read_round
+    from lmlab.steering.watch import Watch
+    from lmlab.train.loop import stop_signals
+
+    rounds: list[Any] = []
+    stopped_by = ""
+    made = infer(
+        model.lm, model.params, program, prompts, jax.random.key(args.seed), driver_of(args), particles=args.particles,
+        tokens=args.tokens, stride=1,
+    )  # fmt: skip
+    with stop_signals() as asked, Watch(args.tokens) as watch:
+        for particles in made:
+            rounds.append(read_round(particles, rounds[-1] if rounds else None))
+            state = written(particles.state)
+            watch.update(len(rounds), rounds[-1], lambda state=state: particle_texts(codec, prompts[0], state))
+            over = len(rounds) == args.tokens or bool(particles.done_P.all())
+            if asked and not over:
+                stopped_by, particles = asked[0], own_weights(particles)
+                break
+    if args.unfinished == "drop":
+        particles = only(particles, written(particles.state).finished_P)
+    return conclude(particles, rounds, codec, prompts, list(args.prompt), watch.seconds, stopped_by)
+
+
+def write(outcome: Any, codec: Any, args: Steer, folder: Path) -> None:
+    """The folder, both files or none, and the result on standard output."""
+    import jax
+
+    from lmlab.inference.posterior import draw_text
+    from lmlab.label_noise.clean import replace_all
+    from lmlab.steering.page import render_page
+    from lmlab.steering.told import summary
+    from lmlab.steering.trace import write_trace
+
+    key = jax.random.fold_in(jax.random.key(args.seed), args.tokens)
+    drawn = draw_text(key, outcome.posterior) if outcome.posterior else None
+    files = {
+        folder / "trace.json": write_trace(outcome, codec, args, drawn).encode(),
+        folder / "report.html": render_page(outcome, codec, args).encode(errors="replace"),
+    }
+    try:
+        replace_all(files)
+    except OSError as error:
+        raise UserError("--out", str(folder), f"a folder that can be written ({error.strerror})") from error
+    say("\n".join([summary(outcome, args, drawn), "", *(f"{path.name:12s} {path.resolve()}" for path in files)]))
+
+
+def say(text: str) -> None:
+    """The result on standard output."""
+    print(text)
