@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,40 +12,45 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from lmlab.core.serialize import CLASS, to_json
+from lmlab.inference.posterior import WeighedText
 from lmlab.inference.text import TextCodec, encode_prompts
 from lmlab.report.page import inline_svg, page_template
 from lmlab.report.plots import HELD_OUT, INK, STYLE, TRAIN
 from lmlab.steering.config import Steer
 from lmlab.steering.layout import MOST_COLUMNS, MOST_ROWS
 from lmlab.steering.rounds import Outcome
-from lmlab.steering.told import failure, meaning, number
+from lmlab.steering.told import anew_label, failure, meaning, number
 from lmlab.steering.tree import draw_tree
 
-SHOWN = 200
-"""Texts on the page."""
+FIRST, SHOWN = 16, 200
+"""Texts that are seen at once, and all that are on the page."""
 
 
 def render_page(outcome: Outcome, codec: TextCodec, args: Steer) -> str:
     """The page. Texts are escaped."""
     tree = draw_tree(outcome, codec, encode_prompts(codec, args.prompt)[0])
-    top = max((one.probability for one in outcome.posterior), default=1.0)
     plots = {"evidence": evidence_plot, "size": size_plot, "weights": weights_plot}
     titles = ("log Z", "Effective size", "Weights")
     # Texts of any model stand in a script: none may end it.
     data = json.dumps({"prompt": outcome.prompts[0], "columns": tree.nodes, "pieces": tree.pieces}, allow_nan=False)
     return page_template("steering.html.jinja").render(
-        name=args.model, program=args.program, prompts=outcome.prompts, tiles=_tiles(outcome, args),
+        name=Path(args.model).resolve().name, program=args.program, prompts=outcome.prompts, tiles=_tiles(outcome, args),
         status=_status(outcome, args), caution=failure(outcome, args), meaning=meaning(args),
-        texts=[(one, f"{one.probability:.3f}", 100 * one.probability / top) for one in outcome.posterior[:SHOWN]],
-        more=len(outcome.posterior) - SHOWN, tree=tree, svg=Markup(tree.svg), cut=_cut(outcome),
+        texts=_texts(outcome)[:FIRST], others=_texts(outcome)[FIRST:SHOWN], more=len(outcome.posterior) - SHOWN, tree=tree, svg=Markup(tree.svg), cut=_cut(outcome), marks=args.method == "smc",
         data=Markup(data.replace("<", "\\u003c")),
         plots=[(title, Markup(inline_svg(_svg(plot, outcome, args), name)))
                for title, (name, plot) in zip(titles, plots.items(), strict=True)],
         settings=[(field, json.dumps(value)) for field, value in to_json(args).items() if field != CLASS],
     )  # fmt: skip
+
+
+def _texts(outcome: Outcome) -> list[tuple[WeighedText, str, float]]:
+    """Texts, their probability, and the length of its bar in percent."""
+    top = max((one.probability for one in outcome.posterior), default=1.0)
+    return [(one, f"{one.probability:.3f}", 100 * one.probability / top) for one in outcome.posterior]
 
 
 def _status(outcome: Outcome, args: Steer) -> str:
@@ -59,12 +65,11 @@ def _tiles(outcome: Outcome, args: Steer) -> list[tuple[str, str]]:
     finished = int(np.sum(outcome.finished_P & (outcome.share_P > 0)))
     speed = f"{outcome.written / outcome.seconds:,.0f}" if outcome.seconds > 0 and outcome.written else ""
     tiles = [
-        ("log Z", number(outcome.log_evidence)),
-        ("Z", f"{math.exp(outcome.log_evidence):.3g}"),
+        (f"log Z (Z = {math.exp(outcome.log_evidence):.3g})", number(outcome.log_evidence)),
         ("effective size", f"{outcome.effective:.1f} of {args.particles}"),
         ("different texts", f"{len(outcome.posterior)}"),
         ("finished particles that count", f"{finished}"),
-        ("rounds after which particles were drawn anew", f"{sum(outcome.anew)} of {len(outcome.rounds)}"),
+        (anew_label(args), f"{sum(outcome.anew)} of {len(outcome.rounds)}"),
         ("tokens per second, all particles", speed),
     ]
     return [(label, text) for label, text in tiles if text]
@@ -130,5 +135,7 @@ def weights_plot(axes: Axes, outcome: Outcome, args: Steer) -> None:
     axes.plot(rounds, half, color=TRAIN, linewidth=1.8, label="median")
     axes.plot(rounds, high, color=TRAIN, linewidth=0.8)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title("Weights of living particles, times their number", loc="left", fontsize=12, fontweight="bold")
     axes.legend(frameon=False, loc="best")

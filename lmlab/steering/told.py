@@ -26,6 +26,11 @@ def meaning(args: Steer) -> str:
     return f"the mean weight that the program gives {texts} tokens of the model: of a constraint, how often it is met"
 
 
+def anew_label(args: Steer) -> str:
+    """What is counted of the choices among particles."""
+    return "rounds with children not kept" if args.method == "steer" else "rounds with particles drawn anew"
+
+
 def failure(outcome: Outcome, args: Steer) -> str:
     """Why no text is left; empty where there is one."""
     if outcome.posterior:
@@ -53,7 +58,7 @@ def summary(outcome: Outcome, args: Steer, drawn: WeighedText | None) -> str:
     lines += [f"                Z estimates {meaning(args)}"]
     lines += [
         f"effective size  {outcome.effective:.1f} of {args.particles} particles",
-        f"drawn anew      after {resampled} of {made} rounds",
+        f"{anew_label(args)}: {resampled} of {made}",
         f"speed           {outcome.written / max(outcome.seconds, 1e-9):,.0f} tokens per second over all particles",
     ]
     if drawn is None:

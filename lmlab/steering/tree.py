@@ -42,9 +42,11 @@ def draw_tree(outcome: Outcome, codec: TextCodec, prompt: np.ndarray) -> Tree:
     rows = min(len(outcome.share_P), MOST_ROWS)
     pen = _Pen(int(EDGE + 10 + LETTER * widest), labels, rows)
     pieces = _Pieces(codec)
+    # Where particles have several children, some are left in every round.
+    anew, branching = outcome.anew, outcome.child_weight_TPK.shape[2] > 1
     nodes: list[list[list[Any]]] = []
     for t, column in enumerate(drawn):
-        pen.head(t, outcome.anew[t])
+        pen.head(t, anew[t] and not branching)
         chosen = _chosen(outcome.rounds[t + 1]) if t + 1 < len(drawn) else {}
         share_P = outcome.rounds[t].share_P
         nodes.append([])
@@ -150,12 +152,13 @@ class _Pen:
 
     def head(self, t: int, resampled: bool) -> None:
         """The number of a round, and whether particles were drawn anew in it."""
-        mark = " class=r" if resampled else ""
-        self._texts.append(f"<text x={self.x(t) - 4} y=12{mark}>{t + 1}{' ↻' if resampled else ''}</text>")
+        mark = "r" if resampled else "h"
+        self._texts.append(f"<text x={self.x(t) - 4} y=12 class={mark}>{t + 1}{' ↻' if resampled else ''}</text>")
 
     def end(self, t: int, i: int) -> int:
         """Where the label of a node ends."""
-        return round(self.x(t) + 10 + LETTER * len(self._labels[t][i]))
+        label = self._labels[t][i]
+        return round(self.x(t) + (10 + LETTER * len(label) if label else 0))
 
     def node(self, t: int, i: int, node: Node, parent: Node | None, share: float) -> None:
         """A particle, its token, and the line from its parent."""
@@ -190,5 +193,5 @@ class _Pen:
         ]
         dots = [f'<path class="dot {kind}" d="{"".join(parts)}"/>' for kind, parts in self._dots.items()]
         y = self.y(self._middle)
-        root = f'<path class="dot going" d="M14 {y}h.1"/><text x=4 y={y - 8}>prompt</text>'
+        root = f'<path class="dot going" d="M14 {y}h.1"/><text x=4 y=12 class=h>prompt</text>'
         return "".join([*stubs, *lines, *dots, root, *self._texts])

@@ -66,7 +66,7 @@ class Watch:
             f"effective size {one.effective:.1f}/{len(one.share_P)}", f"{int(np.sum(one.finished_P))} finished",
             f"{len(one.share_P) - alive} dead",
         ]  # fmt: skip
-        if self.seconds > 0:
+        if made > 1:
             parts.append(f"{self._tokens / self.seconds:,.0f} tok/s")
         return "  ".join(parts)
 
