@@ -1,6 +1,7 @@
 """What `lmlab steer` does. JAX is imported inside, so that help is there at once."""
 
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,7 @@ def watched(model: Any, program: Any, codec: Any, prompts: list[Any], args: Stee
     with stop_signals() as asked, Watch(args.tokens) as watch:
         for particles in made:
             rounds.append(read_round(particles, rounds[-1] if rounds else None))
-            state = written(particles.state)
-            watch.update(len(rounds), rounds[-1], lambda state=state: particle_texts(codec, prompts[0], state))
+            watch.update(len(rounds), rounds[-1], partial(particle_texts, codec, prompts[0], written(particles.state)))
             over = len(rounds) == args.tokens or bool(particles.done_P.all())
             if asked and not over:
                 stopped_by, particles = asked[0], own_weights(particles)

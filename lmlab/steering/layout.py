@@ -38,7 +38,8 @@ def columns(rounds: Sequence[Round]) -> list[list[Node]]:
         goals = [middle if parent < 0 else found[-1][parent].row for parent in parents]
         rows = spread(goals, parents, min(len(one.share_P), MOST_ROWS))
         before = rounds[t - 1] if t else None
-        found.append([Node(p, *at, _state(one, before, p)) for p, *at in zip(order, rows, parents, strict=True)])
+        placed = zip(order, rows, parents, strict=True)
+        found.append([Node(p, row, parent, _state(one, before, p)) for p, row, parent in placed])
     return found
 
 

@@ -32,17 +32,17 @@ FIRST, SHOWN = 16, 200
 def render_page(outcome: Outcome, codec: TextCodec, args: Steer) -> str:
     """The page. Texts are escaped."""
     tree = draw_tree(outcome, codec, encode_prompts(codec, args.prompt)[0])
-    plots = {"evidence": evidence_plot, "size": size_plot, "weights": weights_plot}
-    titles = ("log Z", "Effective size", "Weights")
     # Texts of any model stand in a script: none may end it.
     data = json.dumps({"prompt": outcome.prompts[0], "columns": tree.nodes, "pieces": tree.pieces}, allow_nan=False)
+    plots = {"log Z": evidence_plot, "Effective size": size_plot, "Weights": weights_plot}
+    drawn = [(title, Markup(inline_svg(_svg(plot, outcome, args), plot.__name__))) for title, plot in plots.items()]
+    texts = _texts(outcome)
     return page_template("steering.html.jinja").render(
-        name=Path(args.model).resolve().name, program=args.program, prompts=outcome.prompts, tiles=_tiles(outcome, args),
-        status=_status(outcome, args), caution=failure(outcome, args), meaning=meaning(args),
-        texts=_texts(outcome)[:FIRST], others=_texts(outcome)[FIRST:SHOWN], more=len(outcome.posterior) - SHOWN, tree=tree, svg=Markup(tree.svg), cut=_cut(outcome), marks=args.method == "smc",
-        data=Markup(data.replace("<", "\\u003c")),
-        plots=[(title, Markup(inline_svg(_svg(plot, outcome, args), name)))
-               for title, (name, plot) in zip(titles, plots.items(), strict=True)],
+        name=Path(args.model).resolve().name, program=args.program, prompts=outcome.prompts,
+        tiles=_tiles(outcome, args), status=_status(outcome, args), caution=failure(outcome, args),
+        meaning=meaning(args), texts=texts[:FIRST], others=texts[FIRST:SHOWN], more=len(texts) - SHOWN, tree=tree,
+        svg=Markup(tree.svg), cut=_cut(outcome), marks=args.method == "smc",
+        data=Markup(data.replace("<", "\\u003c")), plots=drawn,
         settings=[(field, json.dumps(value)) for field, value in to_json(args).items() if field != CLASS],
     )  # fmt: skip
 

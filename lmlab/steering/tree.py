@@ -124,7 +124,8 @@ def _children(outcome: Outcome, t: int, chosen_K: set[int], parent: int, piece: 
     found = []
     for k, weight in enumerate(weight_PK[parent].tolist()):
         token = -1 if outcome.moves_TPK is None else piece(int(outcome.moves_TPK[t, parent, k]))
-        found.append([token, _digits(math.exp(weight - top) / total), int(k in chosen_K)])
+        share = math.exp(weight - top) / total if weight > -math.inf else 0.0
+        found.append([token, _digits(share), int(k in chosen_K)])
     return found
 
 

@@ -55,7 +55,7 @@ class Watch:
         head = self._head(made, one)
         if terminal:
             table = particle_table(one, texts(), self._console.height - 4, self._console.width)
-            self._live.update(Group(Text(head), table), refresh=True)
+            self._live.update(Group(Text(head, no_wrap=True, overflow="ellipsis"), table), refresh=True)
         else:
             self._console.print(head, markup=False, emoji=False, soft_wrap=True)
 
