@@ -70,14 +70,10 @@ def there(place):
 
 def strict(folder):
     """The trace, which may hold no NaN or Infinity; and the page, which may ask for nothing."""
-
-    def refuse(name):
-        raise AssertionError(name)
-
+    refuse = lambda name: pytest.fail(name)
     page = (folder / "report.html").read_text()
-    for outside in ("http://", "https://", "<link", "src=", "@import", "url(//"):
+    for outside in ("http://", "https://", "<link", "src=", "@import", "NaN", ">nan"):
         assert outside not in page.replace("http://www.w3.org", ""), outside
-    assert "nan" not in page.lower().replace("nantes", "")
     return json.loads((folder / "trace.json").read_text(), parse_constant=refuse), page
 
 
@@ -143,7 +139,7 @@ def test_rounds_of_several_tokens_are_drawn_and_twists_taken_back(there):
     assert [len(tokens) for one in trace["rounds"] for tokens in one["tokens"]] == [2] * 12
     assert trace["rounds"][0]["children_token"] is None
     assert np.shape(trace["rounds"][0]["children_log_weight"]) == (4, 2)
-    assert page.count('class="dot going"') >= 1
+    assert 'class="dot going"' in page
 
 
 def test_a_program_that_cannot_be_met_is_an_outcome(there, capsys):
@@ -159,7 +155,7 @@ def test_a_program_that_cannot_be_met_is_an_outcome(there, capsys):
         assert trace["posterior"] == []
         assert "are dead after round 3" in trace["failure"]
         assert "are dead after round 3" in page
-        assert 'class="dot x"' in page
+        assert 'class="dot dead"' in page
     assert main([*WORDS, "--program", "pairs.py", "--unfinished", "drop"]) == 1
     assert "--unfinished drop leaves none" in capsys.readouterr().out
 

@@ -25,7 +25,7 @@ from lmlab.steering.rounds import Outcome
 from lmlab.steering.told import anew_label, failure, meaning, number
 from lmlab.steering.tree import draw_tree
 
-FIRST, SHOWN = 16, 200
+FIRST, SHOWN = 10, 200
 """Texts that are seen at once, and all that are on the page."""
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +48,10 @@ def draw_tree(outcome: Outcome, codec: TextCodec, prompt: np.ndarray) -> Tree:
     nodes: list[list[list[Any]]] = []
     for t, column in enumerate(drawn):
         pen.head(t, anew[t] and not branching)
-        chosen = _chosen(outcome.rounds[t + 1]) if t + 1 < len(drawn) else {}
+        following = drawn[t + 1] if t + 1 < len(drawn) else []
+        after = outcome.rounds[min(t + 1, len(drawn) - 1)]
+        lines = _by_parent(after, (node.particle for node in following))
+        chosen = _by_parent(after, np.flatnonzero(after.log_weight_P > -np.inf).tolist())
         share_P = outcome.rounds[t].share_P
         nodes.append([])
         for i, node in enumerate(column):
@@ -56,7 +60,8 @@ def draw_tree(outcome: Outcome, codec: TextCodec, prompt: np.ndarray) -> Tree:
             children: list[list[Any]] = []
             if node.state == "going" and t + 1 < len(drawn):
                 children = _children(outcome, t + 1, chosen.get(node.particle, set()), node.particle, pieces)
-                pen.stubs(t, i, node, children)
+                drawn_on = lines.get(node.particle, set())
+                pen.stubs(t, i, node, [child[1] for k, child in enumerate(children) if k not in drawn_on])
             nodes[-1].append(
                 [pen.x(t), pen.y(node.row), node.parent, *added[t][i], _digits(share), node.state, children]
             )
@@ -96,10 +101,10 @@ def _label(text: str, block: bool) -> str:
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"
 
 
-def _chosen(one: Round) -> dict[int, set[int]]:
-    """Of each particle before the round, which of its children went on."""
+def _by_parent(one: Round, particles: Iterable[int]) -> dict[int, set[int]]:
+    """Of each particle before the round, which of its children these particles are."""
     found: dict[int, set[int]] = defaultdict(set)
-    for p in np.flatnonzero(one.log_weight_P > -np.inf).tolist():
+    for p in particles:
         found[int(one.parent_P[p])].add(int(one.child_P[p]))
     return found
 
@@ -171,18 +176,17 @@ class _Pen:
         strength = 0.3 if node.state == "dead" else round(min(1.0, 0.35 + 0.5 * share * self._rows), 1)
         self._lines[width, strength, "d" if node.state == "dead" else ""].append(f"M{x0} {y0}{bend}")
         if node.state == "dead":
-            self._dots["x"].append(f"M{x - 3} {y - 3}l6 6m0-6l-6 6")
+            self._dots["dead"].append(f"M{x - 3} {y - 3}l6 6m0-6l-6 6")
         else:
             self._dots[node.state].append(f"M{x} {y}h.1")
         if label:
             self._texts.append(f"<text x={x + 6} y={y + 4}>{escape(label)}</text>")
 
-    def stubs(self, t: int, i: int, node: Node, children: list[list[Any]]) -> None:
-        """Its children that did not go on: beginnings of lines."""
+    def stubs(self, t: int, i: int, node: Node, shares: list[float]) -> None:
+        """Its children that did not go on, by their shares: beginnings of lines."""
         x, y = self.end(t, i), self.y(node.row)
-        left = [share for _, share, chosen in children if not chosen]
-        for k, share in enumerate(left):
-            slope = round(14 * ((k + 0.5) / len(left) - 0.5)) or 3
+        for k, share in enumerate(shares):
+            slope = round(14 * ((k + 0.5) / len(shares) - 0.5)) or 3
             self._stubs["" if share > 0 else "d"].append(f"M{x} {y}l12 {slope}")
 
     def svg(self) -> str:
