@@ -6,16 +6,13 @@ import math
 import os
 import signal
 
-import jax
 import numpy as np
 import pytest
 from rich.console import Console
 from tiny_run import one_line
 
 from lmlab.cli import main
-from lmlab.core.errors import UserError
 from lmlab.data.tokenizers import byte_tokenizer
-from lmlab.inference.posterior import draw_text, merged
 from lmlab.steering.layout import MOST_COLUMNS, MOST_ROWS, columns
 from lmlab.steering.rounds import Round
 from lmlab.steering.watch import Watch, particle_table
@@ -214,23 +211,6 @@ def test_the_terminal_shows_the_heaviest_and_no_controls():
     assert [row for row in rows if "…" in row and row.rstrip().endswith("long end")]
 
 
-def test_equal_texts_are_one_and_the_dead_are_none():
-    weights = np.log([1, 2, 3, 4, 1e-30])
-    weights[4] = -np.inf
-    found = merged(["a", "b", "a", "a", "c"], [True, True, True, False, True], weights)
-    assert [(one.text, one.finished, one.particles) for one in found] == [
-        ("a", True, 2),
-        ("a", False, 1),
-        ("b", True, 1),
-    ]
-    np.testing.assert_allclose([one.probability for one in found], [0.4, 0.4, 0.2], rtol=1e-5)
-    drawn = [draw_text(jax.random.key(i), found) for i in range(200)]
-    assert 0.1 < sum(one.text == "b" for one in drawn) / 200 < 0.3
-    assert merged(["a"], [True], [-np.inf]) == []
-    with pytest.raises(UserError, match="alive"):
-        draw_text(jax.random.key(0), [])
-
-
 @pytest.mark.parametrize(("particles", "rounds"), [(5, 12), (90, 140)])
 def test_lines_of_the_tree_do_not_cross_and_every_node_has_its_parent(particles, rounds):
     rng = np.random.default_rng(0)
@@ -270,6 +250,7 @@ RUDE = [
     (["out", "--program", "absent.py"], ("program", "absent.py", "there")),
     (["out", "--program", "tiny.py"], ("program", "function program(tokenizer)")),
     (["out", "--program", "wrong.py"], ("program", "not int")),
+    (["out", "--program", "nan.py"], ("weights", "NaN")),
     (["out", "--prompt", "a", "b"], ("--prompt", "1, one for each context")),
     (["out", "--prompt", "a" * 30], ("prompt", "max_length = 32")),
     (["out", "--tokens", "0"], ("--tokens", "at least 1")),
@@ -289,6 +270,7 @@ RUDE = [
 @pytest.mark.parametrize(("words", "said"), RUDE)
 def test_rude_input_gets_one_line_and_leaves_nothing(there, capsys, words, said):
     (there / "wrong.py").write_text("def program(tokenizer):\n    return 1\n")
+    (there / "nan.py").write_text(DIES.replace("p.condition(count < 2)", "p.score(jnp.nan)"))
     out = [] if "--out" in words else ["--out", "s"]
     tokens = [] if "--tokens" in words else ["--tokens", "6"]
     before = sorted(os.listdir(there / "out"))

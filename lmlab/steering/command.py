@@ -48,6 +48,7 @@ def driver_of(args: Steer) -> Any:
 def watched(model: Any, program: Any, codec: Any, prompts: list[Any], args: Steer) -> Any:
     """The outcome of all rounds, or of those until a signal; each is shown when it is made."""
     import jax
+    import numpy as np
 
     from lmlab.inference.posterior import particle_texts, written
     from lmlab.inference.smc import only
@@ -65,6 +66,8 @@ def watched(model: Any, program: Any, codec: Any, prompts: list[Any], args: Stee
     with stop_signals() as asked, Watch(args.tokens) as watch:
         for particles in made:
             rounds.append(read_round(particles, rounds[-1] if rounds else None))
+            broken = np.isnan(rounds[-1].log_weight_P).any()
+            check(not broken, "weights", "NaN", "numbers", "The model's logits, or what the program scores, are none.")
             watch.update(len(rounds), rounds[-1], partial(particle_texts, codec, prompts[0], written(particles.state)))
             over = len(rounds) == args.tokens or bool(particles.done_P.all())
             if asked and not over:
@@ -76,7 +79,7 @@ def watched(model: Any, program: Any, codec: Any, prompts: list[Any], args: Stee
 
 
 def write(outcome: Any, codec: Any, args: Steer, folder: Path) -> None:
-    """The folder, both files or none, and the result on standard output."""
+    """The result on standard output, then the folder, both files or none."""
     import jax
 
     from lmlab.inference.posterior import draw_text
@@ -87,6 +90,7 @@ def write(outcome: Any, codec: Any, args: Steer, folder: Path) -> None:
 
     key = jax.random.fold_in(jax.random.key(args.seed), args.tokens)
     drawn = draw_text(key, outcome.posterior) if outcome.posterior else None
+    say(summary(outcome, args, drawn))
     files = {
         folder / "trace.json": write_trace(outcome, codec, args, drawn).encode(),
         folder / "report.html": render_page(outcome, codec, args).encode(errors="replace"),
@@ -95,7 +99,7 @@ def write(outcome: Any, codec: Any, args: Steer, folder: Path) -> None:
         replace_all(files)
     except OSError as error:
         raise UserError("--out", str(folder), f"a folder that can be written ({error.strerror})") from error
-    say("\n".join([summary(outcome, args, drawn), "", *(f"{path.name:12s} {path.resolve()}" for path in files)]))
+    say("\n".join(["", *(f"{path.name:12s} {path.resolve()}" for path in files)]))
 
 
 def say(text: str) -> None:

@@ -90,10 +90,15 @@ def _added_texts(
             whole = continuation(codec, prompt, np.asarray(tokens, np.int32))
             same = next((i for i, pair in enumerate(zip(text, whole, strict=False)) if pair[0] != pair[1]),
                         min(len(text), len(whole)))  # fmt: skip
-            added[-1].append((whole[same:], len(text) - same))
+            added[-1].append((whole[same:], _units(text[same:])))
             new.append((tokens, whole))
         old = new
     return added
+
+
+def _units(text: str) -> int:
+    # What JavaScript counts.
+    return len(text.encode("utf-16-le", "surrogatepass")) // 2
 
 
 def _label(text: str, block: bool) -> str:

@@ -73,6 +73,7 @@ class Watch:
     def __enter__(self) -> Self:
         """Start the live display if there is a terminal."""
         if self._console.is_terminal:
+            self._live.update(Text("reading the prompt and compiling"))
             self._live.start()
         return self
 
