@@ -244,8 +244,6 @@ def test_lines_of_the_tree_do_not_cross_and_every_node_has_its_parent(particles,
 
 RUDE = [
     (["nowhere"], ("model", "nowhere")),
-    (["out", "--program", "fre"], ("--program", "Did you mean free?", "Ready: ")),
-    (["out", "--program", "free:x"], ("--program", "no argument")),
     (["out", "--program", ""], ("--program",)),
     (["out", "--program", "absent.py"], ("program", "absent.py", "there")),
     (["out", "--program", "tiny.py"], ("program", "function program(tokenizer)")),

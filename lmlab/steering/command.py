@@ -16,17 +16,17 @@ def steer(args: Steer) -> int:
     from lmlab.interop.pretrained import tokenizer_of
     from lmlab.label_noise.clean import open_folder
     from lmlab.loading import load_model
-    from lmlab.steering.programs import find_program
+    from lmlab.steering.programs import Setting, find_program
     from lmlab.train.folder import is_run
 
     source = Path(args.model)
-    build = find_program(args.program, len(args.prompt), args.temperature)
+    build = find_program(args.program, args.temperature)
     folder = Path(args.out) if args.out else RUNS / f"{source.resolve().name.removesuffix('.gguf')}-steer"
     check(not is_run(folder), "--out", str(folder), "a folder other than that of a run",
           "report.html is written there.")  # fmt: skip
     model = load_model(source, args.dtype)
     codec = tokenizer_of(model)
-    program = build(codec)
+    program = build(Setting(codec, args.prompt, args.tokens, model.config.vocab_size))
     open_folder(folder)
     outcome = watched(model, program, codec, encode_prompts(codec, args.prompt), args)
     write(outcome, codec, args, folder)

@@ -20,7 +20,8 @@ class Steer:
     """Run folder, folder of transformers (config.json, safetensors), .gguf file, or .bin of llama2.c."""
     program: str = "free"
     """NAME or NAME:ARGUMENT of a ready program, or a Python file with a function program(tokenizer) that returns a
-    lmlab.inference.programs.Program. free: no constraint."""
+    lmlab.inference.programs.Program. free: no constraint; words:LETTERS: no longer words; forbid:TEXT,TEXT: none of
+    these anywhere; vocabulary:FILE: only words of that file; regex:PATTERN: texts that match it as a whole."""
     prompt: tuple[str, ...] = ("",)
     """What the texts continue; programs over several contexts read one for each."""
     particles: int = 16

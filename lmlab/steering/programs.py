@@ -7,11 +7,32 @@ from pathlib import Path
 
 from lmlab.core.errors import UserError, check
 from lmlab.data.tokenizers import TextTokenizer
+from lmlab.inference.automata import Automaton, constrained
+from lmlab.inference.constraints import only_words, regex, without, word_length
 from lmlab.inference.programs import Particle, Program
 from lmlab.recipe import load_file
 
-Build = Callable[[TextTokenizer], Program]
-"""`build(tokenizer)`: a program for the tokens of a model."""
+
+@dataclass(frozen=True)
+class Setting:
+    """What a program is made for."""
+
+    tokenizer: TextTokenizer
+    prompts: tuple[str, ...]
+    tokens: int
+    """That a text may have."""
+    vocab_size: int
+    """Of the model, which may have numbers that no token of the tokenizer has."""
+
+    @property
+    def spellings(self) -> tuple[bytes, ...]:
+        """Bytes of each token of the model."""
+        known = self.tokenizer.spellings_V
+        return known + (b"",) * (self.vocab_size - len(known))
+
+
+Build = Callable[[Setting], Program]
+"""`build(setting)`: the program for the tokens of a model."""
 
 
 @dataclass(frozen=True)
@@ -20,19 +41,19 @@ class Ready:
 
     argument: str
     """What stands after the colon; empty: nothing."""
-    build: Callable[[str, int], Build]
-    """`build(argument, prompts)` checks the argument before any model is read."""
+    build: Callable[[str], Build]
+    """`build(argument)` checks the argument before any model is read."""
 
 
-def find_program(words: str, prompts: int, temperature: float) -> Build:
+def find_program(words: str, temperature: float) -> Build:
     """The program that `NAME`, `NAME:ARGUMENT` or `FILE.py` says, at a temperature (0: its own).
 
     Raises `UserError` for what there is not, and what it returns raises it for a program that reads other prompts.
     """
-    build = _from_file(Path(words)) if words.endswith(".py") else _ready(words, prompts)
+    build = _from_file(Path(words)) if words.endswith(".py") else _ready(words)
 
-    def made(tokenizer: TextTokenizer) -> Program:
-        program = build(tokenizer)
+    def made(setting: Setting) -> Program:
+        program, prompts = build(setting), len(setting.prompts)
         wanted = f"{program.contexts}, one for each context of the program"
         check(program.contexts == prompts, "--prompt", prompts, wanted)
         return replace(program, temperature=temperature) if temperature else program
@@ -40,7 +61,7 @@ def find_program(words: str, prompts: int, temperature: float) -> Build:
     return made
 
 
-def _ready(words: str, prompts: int) -> Build:
+def _ready(words: str) -> Build:
     name, colon, argument = words.partition(":")
     usage = [f"{known}:{ready.argument}" if ready.argument else known for known, ready in READY.items()]
     if name not in READY:
@@ -51,7 +72,7 @@ def _ready(words: str, prompts: int) -> Build:
     ready = READY[name]
     check(bool(ready.argument) or not colon, "--program", words, f"{name} alone: it takes no argument")
     check(bool(argument) or not ready.argument, "--program", words, f"{name}:{ready.argument}")
-    return ready.build(argument, prompts)
+    return ready.build(argument)
 
 
 def _from_file(path: Path) -> Build:
@@ -59,8 +80,8 @@ def _from_file(path: Path) -> Build:
     if not callable(make):
         raise UserError("program", str(path), "a file with a function program(tokenizer) that returns a Program")
 
-    def build(tokenizer: TextTokenizer) -> Program:
-        made = make(tokenizer)
+    def build(setting: Setting) -> Program:
+        made = make(setting.tokenizer)
         if not isinstance(made, Program):
             raise UserError("program", str(path),
                             f"program(tokenizer) to return lmlab.inference.programs.Program, not {type(made).__name__}",
@@ -70,15 +91,13 @@ def _from_file(path: Path) -> Build:
     return build
 
 
-def _free(argument: str, prompts: int) -> Build:
-    del argument, prompts
+def _free(argument: str) -> Build:
+    del argument
 
-    def build(tokenizer: TextTokenizer) -> Program:
-        ends = tokenizer.end_ids
-
+    def build(setting: Setting) -> Program:
         def step(particle: Particle, state: tuple[()]) -> tuple[()]:
             token = particle.sample(particle.context.next_token())
-            for end in ends:
+            for end in setting.tokenizer.end_ids:
                 particle.finish(token == end)
             return state
 
@@ -87,5 +106,50 @@ def _free(argument: str, prompts: int) -> Build:
     return build
 
 
-READY = {"free": Ready("", _free)}
+def _words(argument: str) -> Build:
+    check(argument.isdecimal() and int(argument) >= 1, "--program", f"words:{argument}", "words:LETTERS, at least 1")
+    return _kept(word_length(int(argument)))
+
+
+def _forbid(argument: str) -> Build:
+    return _kept(without(argument.split(",")))
+
+
+def _vocabulary(argument: str) -> Build:
+    return _kept(only_words(_read(argument).split()))
+
+
+def _regex(argument: str) -> Build:
+    automaton = regex(argument)
+
+    def build(setting: Setting) -> Program:
+        return constrained(automaton, setting.spellings, setting.tokenizer.end_ids, setting.tokens)
+
+    return build
+
+
+def _kept(automaton: Automaton) -> Build:
+    """Text that obeys from its first token, with what the prompt has begun, to wherever it ends."""
+
+    def build(setting: Setting) -> Program:
+        begun = automaton.after(setting.prompts[0].encode())
+        return constrained(begun, setting.spellings, setting.tokenizer.end_ids)
+
+    return build
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("--program", path, f"a file of UTF-8 text ({error})") from error
+
+
+READY = {
+    "free": Ready("", _free),
+    "words": Ready("LETTERS", _words),
+    "forbid": Ready("TEXT,TEXT", _forbid),
+    "vocabulary": Ready("FILE", _vocabulary),
+    "regex": Ready("PATTERN", _regex),
+}
 """By name."""
