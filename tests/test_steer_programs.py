@@ -23,17 +23,23 @@ WORDS = ["steer", "out", "--tokens", "6", "--particles", "12", "--threshold", "0
         ("forbid:a,bc,\x00", r"[^a\x00]*"),
         ("vocabulary:words.txt", r"(^|(on)?[^a-z]+)((on|if)([^a-z]+|$))*(i|o)?"),
         ("regex:[ab]{2,3}c", r"[ab]{2,3}c"),
+        ("json:schema.json", r"true|false|[0-9]+"),
+        ("lark:grammar.lark", r"(ab)+"),
     ],
 )
 def test_texts_obey(place, program, pattern):
     Path("words.txt").write_text("on\nif\n")
-    assert main([*WORDS, "--prompt", "a x", "--program", program]) == 0
+    Path("schema.json").write_text('{"type": ["boolean", "integer"], "minimum": 0}')
+    Path("grammar.lark").write_text('start: "ab" start?')
+    whole = program.startswith(("regex", "json", "lark"))
+    unfinished = "drop" if whole else "keep"
+    assert main([*WORDS, "--prompt", "a x", "--program", program, "--unfinished", unfinished]) == 0
     trace = json.loads((place / "s/trace.json").read_text())
     assert len(trace["posterior"]) > 1
     # The model is hardly trained, and its bytes need not be UTF-8.
     assert [one["text"] for one in trace["posterior"] if not re.fullmatch(pattern, one["text"], re.DOTALL)] == []
     assert trace["log_evidence"] < 0
-    if program.startswith("regex"):
+    if whole:
         assert all(one["finished"] for one in trace["posterior"])
 
 
@@ -57,6 +63,9 @@ RUDE = [
     ("vocabulary:bytes.txt", ("--program", "bytes.txt", "UTF-8")),
     ("vocabulary:empty.txt", ("words", "at least one")),
     ("vocabulary:signs.txt", ("words", "separators")),
+    ("json:absent.json", ("--program", "absent.json", "UTF-8")),
+    ("json:empty.txt", ("schema", "JSON")),
+    ("lark:signs.txt", ("grammar", "llguidance")),
     ("regex:(a", ("pattern", "regular expression")),
     ("regex:a{40}", ("constraint", "at most 6 tokens")),
 ]

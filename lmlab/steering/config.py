@@ -21,7 +21,8 @@ class Steer:
     program: str = "free"
     """NAME or NAME:ARGUMENT of a ready program, or a Python file with a function program(tokenizer) that returns a
     lmlab.inference.programs.Program. free: no constraint; words:LETTERS: no longer words; forbid:TEXT,TEXT: none of
-    these anywhere; vocabulary:FILE: only words of that file; regex:PATTERN: texts that match it as a whole."""
+    these anywhere; vocabulary:FILE: only words of that file; regex:PATTERN: texts that match it as a whole;
+    json:SCHEMA.json and lark:GRAMMAR.lark: texts that a JSON schema or a grammar describes."""
     prompt: tuple[str, ...] = ("",)
     """What the texts continue; programs over several contexts read one for each."""
     particles: int = 16

@@ -1,14 +1,16 @@
 """Which program the words of the command line name."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from lmlab.core.errors import UserError, check
 from lmlab.data.tokenizers import TextTokenizer
 from lmlab.inference.automata import Automaton, constrained
 from lmlab.inference.constraints import only_words, regex, without, word_length
+from lmlab.inference.grammar import grammar, json_schema
 from lmlab.inference.programs import Particle, Program
 from lmlab.recipe import load_file
 
@@ -128,6 +130,12 @@ def _regex(argument: str) -> Build:
     return build
 
 
+def _parsed(make: Callable[[str, Sequence[bytes], Sequence[int], int], Program], argument: str) -> Build:
+    """Texts of what a file says."""
+    text = _read(argument)
+    return lambda setting: make(text, setting.spellings, setting.tokenizer.end_ids, setting.tokens)
+
+
 def _kept(automaton: Automaton) -> Build:
     """Text that obeys from its first token, with what the prompt has begun, to wherever it ends."""
 
@@ -151,5 +159,7 @@ READY = {
     "forbid": Ready("TEXT,TEXT", _forbid),
     "vocabulary": Ready("FILE", _vocabulary),
     "regex": Ready("PATTERN", _regex),
+    "json": Ready("SCHEMA.json", partial(_parsed, json_schema)),
+    "lark": Ready("GRAMMAR.lark", partial(_parsed, grammar)),
 }
 """By name."""
