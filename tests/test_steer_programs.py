@@ -43,6 +43,26 @@ def test_texts_obey(place, program, pattern):
         assert all(one["finished"] for one in trace["posterior"])
 
 
+def test_gaps_are_filled(place):
+    words = ["--tokens", "16", "--prompt", "ab", "--program", "infill:A___ B____.", "--unfinished", "drop"]
+    assert main([*WORDS, *words]) == 0
+    trace = json.loads((place / "s/trace.json").read_text())
+    assert [one["text"] for one in trace["posterior"] if not re.fullmatch(r"A.+ B.+\.", one["text"], re.DOTALL)] == []
+
+
+def test_prompts_are_intersected_and_texts_lean_to_a_class(place, capsys):
+    assert main([*WORDS, "--prompt", "ab", "b", "--program", "intersect"]) == 0
+    assert json.loads((place / "s/trace.json").read_text())["log_evidence"] < -1
+    Path("some.txt").write_text("aaa\n\nb\n")
+    assert main([*WORDS, "--prompt", "ab", "--program", "class:some.txt,some.txt"]) == 0
+    # Where nothing tells the two apart every text is as probable to be of either.
+    evidence = json.loads((place / "s/trace.json").read_text())["log_evidence"]
+    assert evidence == pytest.approx(np.log(0.5), abs=1e-5)
+    capsys.readouterr()
+    assert main([*WORDS, "--prompt", "ab", "--program", "intersect"]) == 2
+    assert "at least 2 prompts" in one_line(capsys)
+
+
 def test_a_model_may_have_more_numbers_than_its_tokenizer_has_tokens():
     codec = byte_tokenizer()
     program = find_program("words:3", 0.5)(Setting(codec, ("",), 8, codec.vocab_size + 7))
@@ -66,6 +86,11 @@ RUDE = [
     ("json:absent.json", ("--program", "absent.json", "UTF-8")),
     ("json:empty.txt", ("schema", "JSON")),
     ("lark:signs.txt", ("grammar", "llguidance")),
+    ("infill:no gap", ("--program", "___")),
+    ("infill:a ___ ___ b", ("--program", "between two gaps")),
+    ("infill:long ___ text.", ("--tokens", "at least 13")),
+    ("class:empty.txt", ("--program", "class:LIKE.txt,UNLIKE.txt")),
+    ("class:signs.txt,empty.txt", ("outside", "at least one text")),
     ("regex:(a", ("pattern", "regular expression")),
     ("regex:a{40}", ("constraint", "at most 6 tokens")),
 ]

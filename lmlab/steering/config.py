@@ -22,7 +22,9 @@ class Steer:
     """NAME or NAME:ARGUMENT of a ready program, or a Python file with a function program(tokenizer) that returns a
     lmlab.inference.programs.Program. free: no constraint; words:LETTERS: no longer words; forbid:TEXT,TEXT: none of
     these anywhere; vocabulary:FILE: only words of that file; regex:PATTERN: texts that match it as a whole;
-    json:SCHEMA.json and lark:GRAMMAR.lark: texts that a JSON schema or a grammar describes."""
+    json:SCHEMA.json and lark:GRAMMAR.lark: texts that a JSON schema or a grammar describes;
+    infill:"TEXT ___ TEXT": the gaps are filled; intersect: what fits all of the prompts; class:LIKE.txt,UNLIKE.txt:
+    texts weighed by the probability of being like the lines of the first file."""
     prompt: tuple[str, ...] = ("",)
     """What the texts continue; programs over several contexts read one for each."""
     particles: int = 16

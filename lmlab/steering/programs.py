@@ -1,6 +1,7 @@
 """Which program the words of the command line name."""
 
 import difflib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,10 +10,14 @@ from pathlib import Path
 from lmlab.core.errors import UserError, check
 from lmlab.data.tokenizers import TextTokenizer
 from lmlab.inference.automata import Automaton, constrained
+from lmlab.inference.composition import classified, infilling, intersection, token_scores
 from lmlab.inference.constraints import only_words, regex, without, word_length
 from lmlab.inference.grammar import grammar, json_schema
 from lmlab.inference.programs import Particle, Program
 from lmlab.recipe import load_file
+
+GAP = "___"
+"""Where a text to be filled has a gap; longer ones are one, too."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,46 @@ def _parsed(make: Callable[[str, Sequence[bytes], Sequence[int], int], Program],
     return lambda setting: make(text, setting.spellings, setting.tokenizer.end_ids, setting.tokens)
 
 
+def _infill(argument: str) -> Build:
+    pieces = [piece.rstrip() for piece in re.split(f"{GAP}_*", argument)]
+    check(len(pieces) >= 2, "--program", f"infill:{argument}", f"texts with {GAP} where the model is to write")
+    check(all(pieces[1:-1]), "--program", f"infill:{argument}", "text between two gaps")
+
+    def build(setting: Setting) -> Program:
+        tokenizer = setting.tokenizer
+        befores = [setting.prompts[0], *["."] * (len(pieces) - 1)]
+        parts = [_tokens_after(tokenizer, *pair) for pair in zip(befores, pieces, strict=True)]
+        least = sum(map(len, parts)) + 2 * (len(parts) - 1) + 1
+        check(setting.tokens >= least, "--tokens", setting.tokens, f"at least {least}, for texts, gaps and the end")
+        return infilling(parts, setting.vocab_size, tokenizer.end_ids)
+
+    return build
+
+
+def _tokens_after(tokenizer: TextTokenizer, before: str, text: str) -> list[int]:
+    """Tokens of a text as it is cut in the middle of another, or by itself where the two are cut together."""
+    start, whole, alone = (tokens.tolist() for tokens in tokenizer.encode_batch([before, before + text, text]))
+    return whole[len(start) :] if whole[: len(start)] == start else alone
+
+
+def _intersect(argument: str) -> Build:
+    del argument
+    return lambda setting: intersection(len(setting.prompts), setting.tokenizer.end_ids)
+
+
+def _class(argument: str) -> Build:
+    names = argument.split(",")
+    check(len(names) == 2, "--program", f"class:{argument}", "class:LIKE.txt,UNLIKE.txt")
+    like, unlike = ([line for line in _read(name).splitlines() if line.strip()] for name in names)
+
+    def build(setting: Setting) -> Program:
+        encode = setting.tokenizer.encode_batch
+        scores_V = token_scores(encode(like), encode(unlike), setting.vocab_size)
+        return classified(scores_V, end_ids=setting.tokenizer.end_ids)
+
+    return build
+
+
 def _kept(automaton: Automaton) -> Build:
     """Text that obeys from its first token, with what the prompt has begun, to wherever it ends."""
 
@@ -161,5 +206,8 @@ READY = {
     "regex": Ready("PATTERN", _regex),
     "json": Ready("SCHEMA.json", partial(_parsed, json_schema)),
     "lark": Ready("GRAMMAR.lark", partial(_parsed, grammar)),
+    "infill": Ready(f"TEXT{GAP}TEXT", _infill),
+    "intersect": Ready("", _intersect),
+    "class": Ready("LIKE.txt,UNLIKE.txt", _class),
 }
 """By name."""
