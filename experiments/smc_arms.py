@@ -24,8 +24,8 @@ ARMS: dict[str, tuple[str, Driver]] = {
     "multinomial, optimal": ("optimal", standard(multinomial)),
     "multinomial each round, optimal": ("optimal", standard(multinomial, 1)),
 }
-"""Proposal and driver. With the plain proposal importance sampling is rejection sampling of N draws, with the optimal one
-it is masked decoding, but for the weights that this forgets."""
+"""Proposal and driver. With the plain proposal importance sampling is rejection sampling of N draws, with the optimal
+one it is masked decoding, but for the weights that this forgets."""
 TOGETHER = 1600
 """Particles that are moved at a time, as memory has room."""
 
@@ -43,7 +43,7 @@ class Runs:
     """Particles of the first round that have descendants alive at the end."""
 
     @property
-    def log_evidence_R(self) -> np.ndarray:
+    def log_evidences(self) -> np.ndarray:
         """Logs of the estimates of Z; -inf where all particles have died."""
         top_R = self.log_weight_RN.max(axis=1)
         with np.errstate(divide="ignore"):
@@ -51,7 +51,7 @@ class Runs:
         return np.maximum(top_R, -1e30) + mean_R
 
     @property
-    def share_RN(self) -> np.ndarray:
+    def shares(self) -> np.ndarray:
         """Weights of each run that sum to 1. NaN where all particles have died."""
         with np.errstate(invalid="ignore"):
             weight_RN = np.exp(self.log_weight_RN - self.log_weight_RN.max(axis=1, keepdims=True))

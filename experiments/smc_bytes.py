@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmlab.core.types import Array, Params
-from lmlab.data.config import DataConfig
+from lmlab.data.config import DataConfig, PythonLibrary
 from lmlab.data.open import open_data
 from lmlab.inference.programs import Particle, Program
 from lmlab.models.config import AttentionConfig, TransformerConfig
@@ -24,13 +24,14 @@ END = 256
 """The token that ends a document, and a text."""
 PROMPT = 48
 """Bytes of a prompt."""
+DATA = DataConfig(sources={"python": PythonLibrary(heldout_percent=2)}, length=256, batch_size=16)
 
 
 def byte_model(folder: Path, steps: int) -> tuple[LM, Params]:
     """A transformer of 2 layers of width 64 on the sources and help texts of Python; trained where it is not yet."""
     recipe = Pretrain(
         model=TransformerConfig(layers=2, width=64, max_length=256, attention=AttentionConfig(heads=4)),
-        data=DataConfig(length=256, batch_size=16),
+        data=DATA,
         optim=OptimConfig(rule="muon", schedule=ScheduleConfig(peak=4e-3, decay="wsd", end=0.0)),
         train=TrainConfig(steps, eval_every=steps, sample_every=0, checkpoint_every=steps, keep_best=0),
         eval=EvalConfig(batches=4, baselines=False),
@@ -42,7 +43,7 @@ def byte_model(folder: Path, steps: int) -> tuple[LM, Params]:
 
 def held_out_prompts(count: int) -> list[bytes]:
     """Beginnings that end with a space, from held-out documents far from each other."""
-    texts = [text.encode() for text in open_data(DataConfig()).texts("heldout")]
+    texts = [text.encode() for text in open_data(DATA).texts("heldout")]
     long = [text for text in texts if len(text) > 2000]
     chosen = [long[i * len(long) // count] for i in range(count)]
     ends = [text.index(b" ", 600) + 1 for text in chosen]

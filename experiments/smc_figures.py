@@ -1,10 +1,9 @@
-"""What the small model's runs have found, as text and as panels."""
+"""What the runs of the small model have found, as text and as panels."""
 
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 
 from experiments.smc_words import MASKED, TOKENS
@@ -27,8 +26,7 @@ def words_table(found: dict[str, Any]) -> str:
     for name, arm in found["arms"].items():
         for particles, one in arm.items():
             lines.append(f"{name:32s}{particles:>4s}{int(particles) * TOKENS:6d}{_evidence_cells(one):42s}"
-                         f"{one['log_prob_gap']:8.2f} ±{one['log_prob_error']:5.2f}"
-                         + "".join(f"{one['far'][kind]:15.3f}" for kind in kinds)
+                         + _quality_cells(one, kinds)
                          + (f"{one['ancestors']:11.2f}{one['texts']:7.2f}" if "texts" in one else ""))  # fmt: skip
     return "\n".join(lines)
 
@@ -38,6 +36,13 @@ def _evidence_cells(one: dict[str, Any]) -> str:
         return ""
     gap = "-inf" if one["log_gap"] is None else f"{one['log_gap']:.3f} ±{one['log_gap_error']:.3f}"
     return f"{gap:>20s}{one['dead']:6.0%}{one['ratio']:9.3f} ±{one['ratio_error']:5.3f}"
+
+
+def _quality_cells(one: dict[str, Any], kinds: Sequence[str]) -> str:
+    if one["log_prob_gap"] is None:
+        return f"{'no text':>15s}" + f"{'':15s}" * len(kinds)
+    gap = f"{one['log_prob_gap']:8.2f} ±{one['log_prob_error']:5.2f}"
+    return gap + "".join(f"{one['far'][kind]:15.3f}" for kind in kinds)
 
 
 STYLES = {
@@ -60,7 +65,7 @@ def draw_words(found: dict[str, Any], panels: Sequence[Axes]) -> None:
     _curves(log_prob, found, texts, lambda x: (x["log_prob_gap"], x["log_prob_error"]))
     log_prob.axhline(0, color="#666666", linewidth=0.8)
     log_prob.set(ylabel="nats above exact texts", title="Log-probability of a text")
-    _curves(far, found, texts, lambda x: (x["far"]["first letters"], 0))
+    _curves(far, found, texts, lambda x: (x["far"].get("first letters"), 0))
     far.axhline(found["floor"]["first letters"]["one text a run"], color="#666666", linewidth=0.8, linestyle=":")
     far.set(ylabel="total variation", title="Letters of the first word")
     resampled = lambda name: name.endswith("optimal") and "importance" not in name

@@ -12,6 +12,7 @@ import numpy as np
 from experiments.results import say
 from experiments.smc_arms import ARMS, Runs, draw_runs
 from experiments.smc_bytes import END, LONGEST, byte_model, held_out_prompts, letters_after
+from lmlab.core.errors import check
 from lmlab.core.types import Params
 from lmlab.inference.smc import standard
 from lmlab.models.lm import LM
@@ -33,6 +34,7 @@ class Sizes:
     particles: tuple[int, ...]
     draws: int
     """Of rejection sampling, for each prompt."""
+    arms: tuple[str, ...] = tuple(ARMS)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def run_words(folder: Path, sizes: Sizes) -> dict[str, Any]:
                    "log_prob": float(one.log_prob_M.mean())} for one in exact],
         "floor": floors(exact, sizes.seeds), "arms": {},
     }  # fmt: skip
-    for name, (proposal, driver) in ARMS.items():
+    for name in sizes.arms:
+        proposal, driver = ARMS[name]
         for particles in sizes.particles:
             say(f"{name}, {particles} particles")
             runs = [
@@ -88,6 +91,7 @@ def rejected(lm: LM, params: Params, prompt: bytes, draws: int, seed: int) -> Ex
     runs = draw_runs(lm, params, "free", standard(threshold=0), prompt, jax.random.key(seed),
                      seeds=-(-draws // BATCH), particles=BATCH, tokens=TOKENS)  # fmt: skip
     fits = runs.fits_RN.reshape(-1)
+    check(bool(fits.any()), "--draws", draws, f"enough that one of them fits after {prompt.decode(errors='replace')!r}")
     tokens_MT = runs.tokens_RNT.reshape(len(fits), -1)[fits]
     return Exact(len(fits), runs.log_prob_RN.reshape(-1)[fits], bins(tokens_MT))
 
@@ -133,8 +137,8 @@ def evidence(runs: Sequence[Runs], exact: Sequence[Exact]) -> dict[str, Any]:
     """Of log Z-hat less the exact log Z the mean over prompts and seeds (None: minus infinity), and of the runs with
     a particle alive; of Z-hat / Z the mean. Errors are those of the mean, the exact value's included.
     """
-    gap_PR = np.stack([one.log_evidence_R - true.log_evidence for one, true in zip(runs, exact, strict=True)])
-    alive_PR = gap_PR > -1e9
+    gap_PR = np.stack([one.log_evidences - true.log_evidence for one, true in zip(runs, exact, strict=True)])
+    alive_PR = gap_PR > -np.inf
     true = math.sqrt(sum(one.error**2 for one in exact)) / len(exact)
     ratio_PR = np.exp(gap_PR)
     own = lambda x: float(np.std(x, ddof=1) / math.sqrt(np.size(x))) if np.size(x) > 1 else 0.0
@@ -147,27 +151,30 @@ def evidence(runs: Sequence[Runs], exact: Sequence[Exact]) -> dict[str, Any]:
 
 
 def quality(runs: Sequence[Runs], exact: Sequence[Exact]) -> dict[str, Any]:
-    """Of a text drawn by weight from a run that has any: its log-probability under the model less that of exact texts,
-    and how far the beginnings of such texts are from those of exact ones.
+    """Of a text drawn by weight from a run that has any: its log-probability under the model less that of exact texts
+    (None: no run has any), and how far the beginnings of such texts are from those of exact ones.
     """
     gaps, errors, drawn = [], [], {kind: [] for kind in exact[0].first_M}
-    for one, true in zip(runs, exact, strict=True):
-        alive_R = one.log_evidence_R > -1e9
-        share_RN = one.share_RN[alive_R]
+    some = [(one, true, one.log_evidences > -np.inf) for one, true in zip(runs, exact, strict=True)]
+    some = [found for found in some if found[2].any()]
+    for one, true, alive_R in some:
+        share_RN = one.shares[alive_R]
         mean_R = (share_RN * one.log_prob_RN[alive_R]).sum(axis=1)
         gaps.append(mean_R.mean() - true.log_prob_M.mean())
         errors.append(mean_R.var() / len(mean_R) + true.log_prob_M.var() / len(true.log_prob_M))
         for kind, bins_M in bins(one.tokens_RNT[alive_R].reshape(share_RN.size, -1)).items():
             drawn[kind].append(histogram(bins_M, share_RN.reshape(-1)))
     far = {
-        kind: distance(histograms, [histogram(one.first_M[kind]) for one in exact])
+        kind: distance(histograms, [histogram(true.first_M[kind]) for _, true, _ in some])
         for kind, histograms in drawn.items()
+        if histograms
     }
-    return {"log_prob_gap": float(np.mean(gaps)), "log_prob_error": math.sqrt(sum(errors)) / len(errors), "far": far}
+    error = math.sqrt(sum(errors)) / max(len(errors), 1)
+    return {"log_prob_gap": float(np.mean(gaps)) if gaps else None, "log_prob_error": error, "far": far}
 
 
 def ancestors(runs: Sequence[Runs]) -> dict[str, float]:
-    """Mean number of particles of the first round with descendants at the end, and of different texts, of runs with any."""
+    """Of runs with a particle alive the mean number of those of round 1 with descendants at the end, and of texts."""
     alive = [one.log_weight_RN > -np.inf for one in runs]
     texts = [
         len({text.tobytes() for text in tokens_NT[alive_N]})
