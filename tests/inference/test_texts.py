@@ -66,6 +66,10 @@ def test_rounds_in_several_calls_are_those_of_one_and_are_compiled_once():
         assert rounds == [*range(stride, made, stride), made]
         jax.tree.map(np.testing.assert_array_equal, part, whole)
     finished = {int(last.state.finished_P.sum()) for seed in range(8) for last in go(jax.random.key(seed))}
+    # Siblings, and particles that are still alike, draw for themselves.
+    first_PK = np.asarray(whole.history.moves_TPK[0])
+    assert any(len(set(row.tolist())) > 1 for row in first_PK)
+    assert any(len(set(row.tolist())) > 1 for row in first_PK.T)
     # However many have finished.
     assert len(finished) > 2
     assert len(traced) == before
