@@ -203,7 +203,9 @@ def _round(model: FeynmanKac, driver: Driver, params: Arrays, old: Population, k
     only_K = jnp.where(jnp.arange(children) == 0, 0.0, -jnp.inf)
     # Who is done has one child, itself.
     gain_PK = jnp.where(old.done_P[:, None], only_K, gain_PK.astype(jnp.float32) - jnp.log(children))
-    log_weight_PK = jnp.where(old.log_weight_P[:, None] > -jnp.inf, old.log_weight_P[:, None] + gain_PK, -jnp.inf)
+    # Not a sum: -inf and inf would make a NaN. One that a program has made stays, and is seen.
+    dead_P1 = (old.log_weight_P == -jnp.inf)[:, None]
+    log_weight_PK = jnp.where(dead_P1, -jnp.inf, old.log_weight_P[:, None] + gain_PK)
     chosen = choose(driver, select_key, log_weight_PK)
     parent_P, child_P = chosen.index_N // children, chosen.index_N % children
     stays_P = old.done_P[parent_P] | (chosen.log_weight_N == -jnp.inf)
