@@ -220,7 +220,8 @@ def test_particles_in_another_order_end_as_they_would_have():
 
 def test_standard_draws_anew_below_its_threshold_only():
     log_weight_N = jnp.log(jnp.asarray([4.0, 1.0, 1.0, 1.0]))  # An effective size of 49 / 19 = 2.58 of 4.
-    chosen = lambda threshold, log_weight_N: standard(systematic, threshold).select(jax.random.key(0), log_weight_N, 4)
+    # Independent draws, since systematic ones of equal weights are the particles themselves.
+    chosen = lambda threshold, log_weight_N: standard(multinomial, threshold).select(jax.random.key(0), log_weight_N, 4)
     for threshold, poor in ((0.0, False), (0.5, False), (0.64, False), (0.65, True), (1.0, True)):
         found = chosen(threshold, log_weight_N)
         expected = np.full(4, np.log(7 / 4)) if poor else log_weight_N
