@@ -63,8 +63,7 @@ def draw_prompts(found: dict[str, Any], panels: Sequence[Axes]) -> None:
                     color, marker = STYLES[name]
                     axes.errorbar(mean, place + 0.11 * (shift - 2.5), xerr=spread, color=color, marker=marker,
                                   linestyle="", capsize=2, markersize=5, label=name)  # fmt: skip
-        axes.set(yticks=range(len(found)), yticklabels=list(found), title=key)
-        axes.invert_yaxis()
-    panels[1].set_yticklabels([])
-    labels = dict(zip(*reversed(panels[1].get_legend_handles_labels()), strict=True))
-    panels[1].legend(labels.values(), labels, fontsize=8)
+        axes.set(yticks=range(len(found)), yticklabels=list(found), ylim=(len(found) - 0.5, -0.5), title=key)
+    handles, labels = panels[1].get_legend_handles_labels()
+    named = dict(zip(labels, handles, strict=True))
+    panels[1].figure.legend(named.values(), named, loc="outside right upper", fontsize=8, frameon=False)  # type: ignore[union-attr]

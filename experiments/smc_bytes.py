@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmlab.core.types import Array, Params
-from lmlab.data.config import DataConfig, PythonLibrary
+from lmlab.data.config import DataConfig
 from lmlab.data.open import open_data
 from lmlab.inference.programs import Particle, Program
 from lmlab.models.config import AttentionConfig, TransformerConfig
@@ -24,7 +24,7 @@ END = 256
 """The token that ends a document, and a text."""
 PROMPT = 48
 """Bytes of a prompt."""
-DATA = DataConfig(sources={"python": PythonLibrary(heldout_percent=2)}, length=256, batch_size=16)
+DATA = DataConfig(length=256, batch_size=16)
 
 
 def byte_model(folder: Path, steps: int) -> tuple[LM, Params]:

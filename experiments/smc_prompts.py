@@ -17,6 +17,7 @@ from lmlab.inference.automata import constrained
 from lmlab.inference.constraints import regex
 from lmlab.inference.programs import Particle, Program
 from lmlab.inference.smc import Driver, only, standard, steering
+from lmlab.inference.text import continuation, encode_prompts
 from lmlab.inference.texts import infer
 from lmlab.interop.pretrained import Pretrained
 from lmlab.loading import load_model
@@ -35,7 +36,7 @@ CONSTRAINTS = {
 }
 """Regular expressions of what follows up to the end of the sentence, of four words at least; there the text ends."""
 DRIVERS = {"importance": standard(threshold=0), "standard": standard(), "steering": steering(3)}
-"""Ways to go on with texts that masks keep to a constraint; the first is needed, since masked decoding is read off it."""
+"""Of texts that masks keep to a constraint; the first is always there, since masked decoding is read off it."""
 State = dict[str, Array]
 """State of the automaton, -1 of a sentence that it does not allow; and log-probability of all tokens so far."""
 
@@ -56,7 +57,8 @@ class Sizes:
 class Drawn:
     """The particles of a run, on the host, and what the run has taken."""
 
-    tokens_PS: np.ndarray
+    texts: list[str]
+    """What each has added to the prompt."""
     length_P: np.ndarray
     log_prob_P: np.ndarray
     """Of each text under the model."""
@@ -121,39 +123,41 @@ def draw(
     *_, end = infer(model.lm, model.params, program, [prompt], key, driver, particles=particles, tokens=tokens)
     at_P = end.state.program_P["at"]
     end = only(end, end.state.finished_P & (at_P >= 0) & program.tables["accepts_Q"][at_P])
-    found = jax.device_get(
+    tokens_PS, length_P, *rest = jax.device_get(
         (end.state.tokens_PS, end.state.length_P, end.state.program_P["log_prob"], end.probabilities, end.log_weight_P)
     )
-    return Drawn(*found, int(end.rounds), time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    assert model.text is not None
+    texts = [
+        continuation(model.text.tokenizer, prompt, tokens_S[:length])
+        for tokens_S, length in zip(tokens_PS, length_P, strict=True)
+    ]
+    return Drawn(texts, length_P, *rest, int(end.rounds), seconds)
 
 
-def answers(model: Pretrained, drawn: dict[str, Drawn], rng: np.random.Generator) -> dict[str, Answer]:
+def answers(drawn: dict[str, Drawn], rng: np.random.Generator) -> dict[str, Answer]:
     """What each arm makes of the runs: the best is the most probable text, SMC's is drawn by weight."""
     best = lambda one: int(np.argmax(np.where(one.probability_P > 0, one.log_prob_P, -np.inf)))
     by_weight = lambda one: int(rng.choice(len(one.probability_P), p=_normalised(one.probability_P)))
     free, masked = drawn["unconstrained"], drawn["importance"]
     # A single draw has the weight that a population of one would have.
-    alone = replace(
-        answer(model, masked, 0), rows=int(masked.length_P[0]), log_evidence=_finite(masked.log_weight_P[0])
-    )
+    alone = replace(answer(masked, 0), rows=int(masked.length_P[0]), log_evidence=_finite(masked.log_weight_P[0]))
     return {
-        "unconstrained, best": answer(model, free, best(free)),
+        "unconstrained, best": answer(free, best(free)),
         "masked, one": alone,
-        "masked, best": replace(answer(model, masked, best(masked)), log_evidence=None),
-        **{name: answer(model, one, by_weight(one)) for name, one in drawn.items() if name != "unconstrained"},
+        "masked, best": replace(answer(masked, best(masked)), log_evidence=None),
+        **{name: answer(one, by_weight(one)) for name, one in drawn.items() if name != "unconstrained"},
     }
 
 
-def answer(model: Pretrained, drawn: Drawn, particle: int) -> Answer:
+def answer(drawn: Drawn, particle: int) -> Answer:
     """The text of a particle; nothing where it does not do."""
-    assert model.text is not None
     rows = len(drawn.length_P) * drawn.rounds
     evidence = _finite(np.logaddexp.reduce(drawn.log_weight_P.astype(np.float64)) - math.log(len(drawn.length_P)))
     if drawn.probability_P[particle] == 0:
         return Answer("", 0.0, 0, evidence, rows, drawn.seconds)
     length = int(drawn.length_P[particle])
-    text = model.text.tokenizer.decode(drawn.tokens_PS[particle, :length].tolist())
-    return Answer(text, float(drawn.log_prob_P[particle]), length, evidence, rows, drawn.seconds)
+    return Answer(drawn.texts[particle], float(drawn.log_prob_P[particle]), length, evidence, rows, drawn.seconds)
 
 
 def _finite(value: float) -> float | None:
@@ -173,7 +177,7 @@ def run_prompts(path: Path, sizes: Sizes) -> dict[str, Any]:
     model = load_model(path)
     check(model.text is not None, "--model", str(path), "a model with its tokenizer")
     assert model.text is not None
-    prompts = model.text.tokenizer.encode_batch(PROMPTS[: sizes.prompts])
+    prompts = encode_prompts(model.text.tokenizer, PROMPTS[: sizes.prompts])
     found: dict[str, Any] = {}
     for name in sizes.constraints:
         masked, free = programs(model, CONSTRAINTS[name], sizes.tokens)
@@ -187,7 +191,7 @@ def run_prompts(path: Path, sizes: Sizes) -> dict[str, Any]:
                 key = jax.random.fold_in(jax.random.key(seed), number)
                 drawn = {arm: draw(model, program, driver, prompt, key, sizes.particles, sizes.tokens)
                          for arm, (program, driver) in runs.items()}  # fmt: skip
-                for arm, one in answers(model, drawn, np.random.default_rng((number, seed))).items():
+                for arm, one in answers(drawn, np.random.default_rng((number, seed))).items():
                     rows = found.setdefault(name, {}).setdefault(arm, [[] for _ in prompts])
                     rows[number].append(asdict(one))
     return found

@@ -112,7 +112,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             draw_words(result["words"], list(drawn.subplots(2, 2).flat))
     if "prompts" in result:
         with drawing(path.with_name("smc_prompts.svg"), 10, 5) as drawn:
-            draw_prompts(result["prompts"], list(drawn.subplots(1, 2)))
+            draw_prompts(result["prompts"], list(drawn.subplots(1, 2, sharey=True)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,17 +2,24 @@
 
 import json
 import math
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import smc_arms, smc_bytes, smc_words
+from experiments import smc_arms, smc_bytes, smc_prompts, smc_words
 from experiments import smc_steering as experiment
 from experiments.smc_answers import over_seeds, prompts_table
+from experiments.smc_bytes import short_words
+from lmlab.data.tokenizers import byte_tokenizer
+from lmlab.inference.programs import Particle
+from lmlab.interop.pretrained import Pretrained
+from lmlab.interop.tokenizer_files import TokenizerFiles
 from lmlab.testing.tiny import lively, tiny_lm
 
-LM = tiny_lm(vocab_size=257, max_length=32)
+LM = tiny_lm(vocab_size=257, max_length=96)
 PARAMS = lively(LM.init(jax.random.key(0)))
 
 
