@@ -128,10 +128,9 @@ def resampling_share(run: Callable[..., Any], lm: Any, program: Any, particles: 
 
     from lmlab.inference.resampling import resampled, stratified
     from lmlab.inference.smc import Driver, choose, steering
-    from lmlab.inference.texts import program_model
+    from lmlab.inference.texts import inherit
 
     always = Driver(1, lambda key, log_weight_C, count: resampled(stratified, key, log_weight_C))
-    take = program_model(lm, program).take
     shares = []
     for method, driver in (("standard", always), ("steer", steering(CHILDREN))):
         found = run(method, particles, CHILDREN)
@@ -139,7 +138,7 @@ def resampling_share(run: Callable[..., Any], lm: Any, program: Any, particles: 
         def alone(state: Any, weights_TPK: Any, driver: Driver = driver) -> Any:
             def body(i: Any, state: Any) -> Any:
                 chosen = choose(driver, jax.random.key(i), weights_TPK[i])
-                return take(state, chosen.index_N // driver.children)
+                return inherit(lm, program.contexts, state, chosen.index_N // driver.children)
 
             return jax.lax.fori_loop(0, NEW, body, state)
 

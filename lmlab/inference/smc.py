@@ -50,7 +50,7 @@ class FeynmanKac:
     model has its own way to branch: what counts is the mean of weights over children."""
     commit: Callable[[Arrays, State, Moves, Array, Array, Array], State]
     """`commit(params, state_P, moves_PK, parent_P, child_P, moving_P) -> state_P`: the chosen children in place of the
-    particles. A particle that does not move stays what its parent was."""
+    particles, parents as `at_home` orders them. A particle that does not move stays what its parent was."""
     done: Callable[[State], Array]
     """`done(state_P) -> bool_P`: it moves no more and keeps its weight."""
     take: Callable[[State, Array], State]

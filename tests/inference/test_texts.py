@@ -7,8 +7,8 @@ import pytest
 
 from lmlab.core.errors import UserError
 from lmlab.inference.programs import Program
-from lmlab.inference.smc import steering
-from lmlab.inference.texts import infer
+from lmlab.inference.smc import standard, steering
+from lmlab.inference.texts import infer, program_model
 from lmlab.testing.tables import CACHES, LMS
 from lmlab.testing.tiny import lively
 
@@ -100,3 +100,14 @@ def test_bad_input_is_refused():
     twice = Program(lambda p, state: [p.sample(p.context.next_token()) for _ in range(2)] and state)
     with pytest.raises(ValueError, match="one token a step"):
         next(infer(lm, params, twice, [PROMPT], KEY, steering(2), particles=2, tokens=3))
+
+
+def test_particles_are_taken_in_any_order():
+    lm, params = model("llama")
+    program = Program(lambda p, state: p.sample(p.context.next_token()), jnp.int32(0))
+    *_, found = infer(lm, params, program, [PROMPT], KEY, standard(threshold=0), particles=4, tokens=3)
+    take = program_model(lm.for_decoding(params)[0], program).take
+    turned = jax.jit(take)(found.state, jnp.asarray([3, 0, 1, 1]))
+    # Rows change places with one another, so nothing can have been copied over what was still to be read.
+    np.testing.assert_array_equal(turned.tokens_PS, found.state.tokens_PS[np.asarray([3, 0, 1, 1])])
+    np.testing.assert_array_equal(turned.cache.keys[0], found.state.cache.keys[0][np.asarray([3, 0, 1, 1])])
