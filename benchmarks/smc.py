@@ -229,14 +229,14 @@ def compare(names: Sequence[str], folder: str, rounds: int, seed: int) -> tuple[
 def report(found: Found, ours: Sequence[float]) -> None:
     """The table, then the JSON line."""
     print(f"{os.cpu_count()} cores; {NEW} tokens after {PROMPT}; load {os.getloadavg()[0]:.1f} (the arms make some)")
-    print(f"{'case':14s} {'program':10s} {'tokens x particles / s':>24s} {'best':>7s} {'MB':>7s}")
+    print(f"{'case':14s} {'program':10s} {'tokens x particles / s':>24s} {'best':>7s}")
     summary: dict[str, float] = {}
     for (method, particles), by_arm in found.items():
         seconds = {arm: [run[0] for run in runs] for arm, runs in by_arm.items()}
         for arm, times in seconds.items():
             rate = particles * NEW / statistics.median(times)
-            best, peak = particles * NEW / min(times), by_arm[arm][-1][1]
-            print(f"{method + ' ' + str(particles):14s} {arm:10s} {rate:24.0f} {best:7.0f} {peak:7.0f}")
+            best = particles * NEW / min(times)
+            print(f"{method + ' ' + str(particles):14s} {arm:10s} {rate:24.0f} {best:7.0f}")
         if set(seconds) == set(ARMS):
             name = f"ratio_{particles}" if method == "standard" else f"ratio_{method}_{particles}"
             summary[name] = round(median_ratio(seconds["llamppl"], seconds["lmlab"]), 1)

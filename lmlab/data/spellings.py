@@ -14,7 +14,8 @@ def spellings(model: tokenizers.Tokenizer, vocab_size: int) -> tuple[bytes, ...]
     added = model.get_added_tokens_decoder()
     settings = json.loads(model.to_str())
     parts = json.dumps([settings.get("pre_tokenizer"), settings.get("decoder")])
-    spell = _spell_byte_level if '"ByteLevel"' in parts else _spell_sentencepiece
+    pieces = _spell_wordpiece if settings["model"].get("type") == "WordPiece" else _spell_sentencepiece
+    spell = _spell_byte_level if '"ByteLevel"' in parts else pieces
     spelled = [b""] * vocab_size
     for token, i in model.get_vocab(with_added_tokens=True).items():
         if i not in added:
@@ -42,4 +43,8 @@ def _spell_byte_level(token: str) -> bytes:
 def _spell_sentencepiece(token: str) -> bytes:
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         return bytes.fromhex(token[3:5])
-    return token.removeprefix("##").replace("▁", " ").encode()
+    return token.replace("▁", " ").encode()
+
+
+def _spell_wordpiece(token: str) -> bytes:
+    return token.removeprefix("##").encode()

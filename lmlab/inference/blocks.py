@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from lmlab.core.errors import check
 from lmlab.core.types import Array, Key
 from lmlab.inference.smc import Arrays, FeynmanKac, State
 
@@ -43,8 +44,10 @@ def in_blocks(
 
     Words, lines or gaps of different length are comparable at their ends only (arXiv 2306.03081, section 3). All P K
     children are run to their ends before any is chosen, so a `potential` may look at what the model expects after a
-    child: a look ahead of one token. It changes who is chosen, never the target: it is a twist.
+    child: a look ahead of one token. It changes who is chosen, never the target: it is a twist. Raises `UserError` for
+    a model that cannot let particles wait.
     """
+    check(model.waits, "model", "one whose particles cannot wait for others", "a Program with a boundary")
 
     def propose(params: Arrays, key: Key, state: Blocks, children: int) -> tuple[Blocks, Array]:
         particles = len(state.log_twist_P)

@@ -14,14 +14,16 @@ from lmlab.inference.programs import Particle, Program
 
 
 def infilling(
-    fragments: Sequence[Sequence[int]], vocab: int, end_ids: Sequence[int] = (), *, least: int = 2, more: float = 0.5
+    fragments: Sequence[Sequence[int]], vocab: int, tokens: int, end_ids: Sequence[int] = (), *, least: int = 2,
+    more: float = 0.5,
 ) -> Program:  # fmt: skip
     """Fragments of text with gaps between them, which the model fills (arXiv 2306.03081, section 4).
 
     A gap has `least` tokens and, each time with probability `more`, another one; particles are compared where a
-    fragment is complete. fragments: tokens, cut in their context; the first and the last may be empty. end_ids: the
-    first ends the text after the last fragment, and weighs it; none of them is drawn in a gap. Raises `UserError` for
-    fragments that say too little.
+    fragment is complete. fragments: tokens, cut in their context; the first and the last may be empty. tokens: how many
+    a text may have; particles whose gaps are too long for that die at once, before they starve others that have paid
+    for their fragments; give `infer` the same number. end_ids: the first ends the text after the last fragment, and
+    weighs it; none of them is drawn in a gap. Raises `UserError` for fragments that say too little, or do not fit.
     """
     parts = [[int(token) for token in fragment] for fragment in fragments]
     check(len(parts) >= 2, "fragments", len(parts), "at least two, with a gap between them")
@@ -30,10 +32,13 @@ def infilling(
     check(least >= 1, "least", least, "at least 1")
     check(0 <= more < 1, "more", more, "a probability below 1")
     parts[-1] += [int(token) for token in end_ids[:1]]
-    longest = max(map(len, parts))
+    longest, sizes = max(map(len, parts)), [len(part) for part in parts]
+    shortest = sum(sizes) + least * (len(parts) - 1)
+    check(tokens >= shortest, "tokens", tokens, f"at least {shortest}, for fragments, gaps and the end")
     tables = {
         "tokens": jnp.asarray([part + [0] * (longest - len(part)) for part in parts], jnp.int32),
-        "lengths": jnp.asarray([len(part) for part in parts]),
+        "lengths": jnp.asarray(sizes),
+        "after": jnp.asarray([sum(sizes[i + 1 :]) + least * (len(parts) - 1 - i) for i in range(len(parts))]),
         "inside": jnp.ones(vocab, bool).at[np.asarray(end_ids, np.int32)].set(False),
     }
 
@@ -41,6 +46,7 @@ def infilling(
         fragment, place, gap, begins = state
         size = p.sample(Geometric(1 - more)) + least - 1
         gap = jnp.where(begins, size, gap)
+        p.condition(p.length + gap + p.tables["lengths"][fragment] - place + p.tables["after"][fragment] <= tokens)
         filling = gap > 0
         p.observe(p.context.mask(p.tables["inside"] | ~filling), True)
         # A draw that can have one outcome only is an observation.

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from lmlab.core.errors import check
 from lmlab.core.types import Array, Key
 from lmlab.inference.draw import tokens_at
 
@@ -97,10 +98,13 @@ class Context:
         return NextToken(self)
 
     def mask(self, allowed_V: Array) -> "Mask":
-        """Whether the next token is one of these. Tokens beyond the end of the mask are none of them: models have more
-        logits than their tokenizers tokens, where that made their arrays rounder.
+        """Whether the next token is one of these, bool [V]. Tokens beyond the end of the mask are neither these nor the
+        others: models have more logits than their tokenizers tokens, where that made their arrays rounder.
         """
-        return Mask(self, jnp.pad(allowed_V, (0, len(self.logprobs_V) - len(allowed_V))))
+        fine = allowed_V.dtype == bool and allowed_V.ndim == 1 and len(allowed_V) <= len(self.logprobs_V)
+        check(fine, "mask", f"{allowed_V.dtype}{list(allowed_V.shape)}",
+              f"a bool for each of {len(self.logprobs_V)} tokens, or of the first of them")  # fmt: skip
+        return Mask(self, allowed_V)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,9 +122,9 @@ class NextToken:
         return _less(self.context.logprobs_V[value], self.context.log_mass)
 
     def take(self, value: Array | int) -> None:
-        """Enter the token. Raises ValueError for a second token in one step."""
-        if self.context.token is not None:
-            raise ValueError("a context takes one token a step: let longer steps be blocks (Program.boundary)")
+        """Enter the token. Raises `UserError` for a second token in one step."""
+        check(self.context.token is None, "step", "a second token", "one token a step for each context",
+              "Count steps in the state, and let longer ones be blocks (Program.boundary).")  # fmt: skip
         self.context.token = jnp.asarray(value, jnp.int32)
 
 
@@ -148,7 +152,8 @@ class Mask:
         self.context.logprobs_V, self.context.log_mass = left_V, _log_sum(left_V)
 
     def _left(self, value: Array | bool) -> Array:
-        return jnp.where(self.allowed_V == value, self.context.logprobs_V, -jnp.inf)
+        side_V = jnp.pad(self.allowed_V == value, (0, len(self.context.logprobs_V) - len(self.allowed_V)))
+        return jnp.where(side_V, self.context.logprobs_V, -jnp.inf)
 
 
 def draw_token(key: Key, logits_V: Array) -> Array:

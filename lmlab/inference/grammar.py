@@ -30,8 +30,9 @@ def grammar(text: str, spellings: Sequence[bytes], end_ids: Sequence[int], token
 
     By the locally optimal proposal: tokens are drawn among those that may follow, and weigh their mass (arXiv
     2306.03081, section 4). spellings: bytes of each of V tokens; those of none, special ones, are never drawn. end_ids:
-    the tokens that end a text, where it is complete. tokens: how many a text may have; one that needs more is cut short
-    and has not finished. Raises `UserError` for a grammar that cannot be read, with the library's message.
+    the tokens that end a text, where it is complete. tokens: how many a text may have, its end included; one that
+    needs more dies at the last of them. Give `infer` the same number. Raises `UserError` for a grammar that cannot be
+    read, with the library's message.
     """
     return _parsed("grammar", text, text + ANY_TOKENS, spellings, end_ids, tokens)
 
@@ -63,7 +64,8 @@ def _parsed(
         # All children of a particle share its text: it is asked about once.
         bits = jax.pure_callback(parsers.allowed, shape, path_T, p.length, vmap_method="broadcast_all")
         p.observe(p.context.mask(jnp.unpackbits(bits, count=len(spellings), bitorder="little") == 1), True)
-        p.condition(p.length < tokens)
+        # A text that the last token does not complete is none, and is not to take the place of one.
+        p.observe(p.context.mask(p.tables | (p.length < tokens - 1)), True)
         token = p.sample(p.context.next_token())
         p.finish(p.tables[token])
         return path_T.at[p.length].set(token, mode="drop")

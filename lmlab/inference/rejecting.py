@@ -22,13 +22,11 @@ Accept: TypeAlias = Callable[[Array], Array]
 class Search(NamedTuple):
     """Tokens asked about so far."""
 
-    left_V: Array
-    """log-probabilities, -inf of tokens that were drawn."""
+    asked: Array
+    """How many."""
     log_weight: Array
-    token: Array
-    """The accepted one."""
-    share: Array
-    """Its share of what was left when it was drawn."""
+    place: Array
+    """Of the accepted one, in the order of drawing."""
     accepted: Array
     over: Array
 
@@ -48,27 +46,27 @@ def weighted_rejection(key: Key, logits_V: Array, accept: Accept) -> tuple[Array
     1 - q over those rejected first, times 1 if the draw after the accepted token is accepted too, else times its q.
     """
     logprobs_V = normalised(logits_V)
-    # The largest of perturbed log-probabilities is a draw; the next largest one from what is left (Gumbel).
-    order_V = logprobs_V + jax.random.gumbel(key, logprobs_V.shape)
+    # Perturbed log-probabilities, largest first, are draws without replacement (Gumbel).
+    order_V = jnp.argsort(-(logprobs_V + jax.random.gumbel(key, logprobs_V.shape)))
+    mass_V = jnp.exp(logprobs_V[order_V])
+    left_V = jnp.cumsum(mass_V[::-1])[::-1]
+    share_V = jnp.where(mass_V > 0, jnp.minimum(mass_V / jnp.where(mass_V > 0, left_V, 1), 1), 0)
+    some = jnp.sum(mass_V > 0)
 
     def ask(search: Search) -> Search:
-        token = jnp.argmax(jnp.where(search.left_V > -jnp.inf, order_V, -jnp.inf)).astype(jnp.int32)
-        share = jnp.exp(normalised(search.left_V)[token])
-        some, fine = jnp.any(search.left_V > -jnp.inf), accept(token)
-        first, second = some & ~search.accepted, some & search.accepted
-        log_rejected = jnp.log1p(-jnp.minimum(share, 1))
-        gain = jnp.where(first & ~fine, log_rejected, 0.0)
-        # Nothing else left to be drawn counts as rejected: the share of the accepted token is 1 then.
-        gain += jnp.where(search.accepted & ~(second & fine), jnp.log(search.share), 0.0)
+        at = jnp.minimum(search.asked, len(order_V) - 1)
+        drawn = search.asked < some
+        fine = drawn & accept(order_V[at].astype(jnp.int32))
+        gain = jnp.where(drawn & ~fine & ~search.accepted, jnp.log1p(-share_V[at]), 0.0)
+        # Where nothing else is left to be drawn the share of the accepted token is 1.
+        gain += jnp.where(search.accepted & ~fine, jnp.log(share_V[search.place]), 0.0)
         return Search(
-            left_V=jnp.where(jnp.arange(len(order_V)) == token, -jnp.inf, search.left_V),
-            log_weight=search.log_weight + gain,
-            token=jnp.where(first & fine, token, search.token),
-            share=jnp.where(first & fine, share, search.share),
-            accepted=search.accepted | (first & fine),
-            over=search.accepted | ~some,
-        )
+            asked=search.asked + 1, log_weight=search.log_weight + gain,
+            place=jnp.where(fine & ~search.accepted, at, search.place), accepted=search.accepted | fine,
+            over=search.accepted | ~drawn,
+        )  # fmt: skip
 
-    start = Search(logprobs_V, jnp.zeros(()), jnp.int32(0), jnp.ones(()), jnp.zeros((), bool), jnp.zeros((), bool))
+    no = jnp.zeros((), bool)
+    start = Search(jnp.int32(0), jnp.zeros(()), jnp.int32(0), no, no)
     found: Any = jax.lax.while_loop(lambda search: ~search.over, ask, start)
-    return found.token, jnp.where(found.accepted, found.log_weight, -jnp.inf)
+    return order_V[found.place].astype(jnp.int32), jnp.where(found.accepted, found.log_weight, -jnp.inf)

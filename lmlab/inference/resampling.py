@@ -27,8 +27,8 @@ class Chosen(NamedTuple):
 
 
 def log_total(log_weight_C: Array) -> Array:
-    """Log of the sum of weights over the last axis; -inf, and no NaN, of the dead."""
-    some = jnp.max(log_weight_C, axis=-1) > -jnp.inf
+    """Log of the sum of weights over the last axis; -inf, and no NaN, of the dead. A NaN among them is seen."""
+    some = jnp.max(log_weight_C, axis=-1) != -jnp.inf
     return jnp.where(some, jax.nn.logsumexp(jnp.where(some[..., None], log_weight_C, 0), axis=-1), -jnp.inf)
 
 
@@ -43,7 +43,7 @@ def shares(log_weight_C: Array) -> Array:
 def effective_size(log_weight_C: Array) -> Array:
     """1 / the sum of squared shares over the last axis; 0 where all are dead."""
     squares = jnp.sum(jnp.square(shares(log_weight_C)), axis=-1)
-    return jnp.where(squares > 0, 1 / jnp.where(squares > 0, squares, 1), 0)
+    return jnp.where(squares == 0, 0, 1 / jnp.where(squares == 0, 1, squares))
 
 
 def optimal(key: Key, log_weight_C: Array, count: int) -> Chosen:
@@ -57,13 +57,15 @@ def optimal(key: Key, log_weight_C: Array, count: int) -> Chosen:
     order_C = jnp.argsort(-log_weight_C)
     sorted_C = log_weight_C[order_C]
     kept, log_scale = threshold(log_weight_C, count)
-    alive = jnp.sum(sorted_C > -jnp.inf)
-    chances_C = jnp.where(jnp.arange(len(order_C)) < kept, 0, shares(sorted_C))
+    share_C, total = shares(sorted_C), log_total(log_weight_C)
+    alive = jnp.sum(share_C > 0)
+    chances_C = jnp.where(jnp.arange(len(order_C)) < kept, 0, share_C)
     slots_N = jnp.arange(count)
     drawn_N = _along(chances_C, slots_N - kept + jax.random.uniform(key), count - kept)
     place_N = jnp.where(slots_N < kept, slots_N, jnp.minimum(drawn_N, alive - 1)).astype(jnp.int32)
-    log_weight_N = jnp.where(slots_N < kept, sorted_C[place_N], log_total(log_weight_C) - log_scale)
-    return Chosen(order_C[place_N].astype(jnp.int32), log_weight_N)
+    log_weight_N = jnp.where(slots_N < kept, sorted_C[place_N], total - log_scale)
+    # Sorting would leave a NaN behind, and nobody would see it.
+    return Chosen(order_C[place_N].astype(jnp.int32), jnp.where(jnp.isnan(total), total, log_weight_N))
 
 
 def threshold(log_weight_C: Array, count: int) -> tuple[Array, Array]:
@@ -110,7 +112,7 @@ def systematic(key: Key, shares_C: Array, count: int) -> Array:
 
 
 def residual(key: Key, shares_C: Array, count: int) -> Array:
-    """floor(count * share_j) times each, and independent draws from what is left."""
+    """floor(count * share_j) times each, but for rounding, and independent draws from what is left."""
     expected_C = count * shares_C
     whole_C = jnp.floor(expected_C)
     certain = jnp.sum(whole_C).astype(jnp.int32)

@@ -58,6 +58,8 @@ class FeynmanKac:
     twist: Callable[[State], Array] = lambda state: jnp.zeros(())
     """`twist(state_P) -> log_twist_P`: how much of a particle's log-weight is a guess at its future, which `propose`
     takes back at its next move; 0 of finished ones."""
+    waits: bool = True
+    """Whether particles may be left as they are while others move, as `in_blocks` does."""
     record: Callable[[Moves], Any] = lambda moves: None
     """`record(moves_PK)`: arrays [P, K, ...] to be kept of every round."""
 
@@ -114,8 +116,8 @@ class Population:
 
 @lru_cache
 def steering(children: int = 3) -> Driver:
-    """SMC steering (arXiv 2306.03081, algorithm 1): K children each, chosen without replacement. Cached, since the
-    driver is a part of what is compiled. Raises `UserError` for fewer than one child.
+    """SMC steering (arXiv 2306.03081, algorithm 1): K children each, chosen without replacement. With one child all go
+    on, as in importance sampling. Cached, since the driver is a part of what is compiled. Raises `UserError` for fewer.
     """
     check(children >= 1, "children", children, "at least 1")
     return Driver(children, optimal)

@@ -88,8 +88,10 @@ def _spread(
 def program_model(lm: LM, program: Program) -> FeynmanKac:
     """The Feynman-Kac model of a program. Its parameters are (those of the model, the tables of the program).
 
-    A particle is done where it has finished, or has filled the room that `begin` has left it.
+    A particle is done where it has finished, or has filled the room that `begin` has left it. Only a program with a
+    boundary lets particles wait for others: what they expect next is kept for them, at a cost.
     """
+    waits = program.boundary is not None
 
     def propose(params: Arrays, key: Key, texts: Texts, children: int) -> tuple[Written, Array]:
         logprobs_PMV = jax.nn.log_softmax(texts.logits_PMV.astype(jnp.float32) / program.temperature)
@@ -112,7 +114,7 @@ def program_model(lm: LM, program: Program) -> FeynmanKac:
         )  # fmt: skip
         kept = lambda new_P, old_P: jax.tree.map(partial(_where, moving_P), new_P, old_P)
         logits_PMV = lm.logits(params[0], hidden_R1D[:, 0]).reshape(texts.logits_PMV.shape)
-        if program.contexts > 1 or program.boundary is not None:
+        if program.contexts > 1 or waits:
             # Contexts may go without a token, and who is at a boundary waits for others.
             logits_PMV = jnp.where(reads_PM[..., None], logits_PMV, old.logits_PMV)
         return Texts(
@@ -127,7 +129,7 @@ def program_model(lm: LM, program: Program) -> FeynmanKac:
 
     return FeynmanKac(
         propose, commit, done=lambda texts: texts.finished_P | (texts.length_P >= texts.tokens_PS.shape[1]), take=take,
-        twist=lambda texts: texts.log_twist_P,
+        twist=lambda texts: texts.log_twist_P, waits=waits,
         record=lambda written: written.tokens_PM[..., 0],
     )  # fmt: skip
 
@@ -138,16 +140,25 @@ def _step(
     """One particle's step: what it has made, and the log of what its weight is multiplied by."""
     particle = Particle(key, logprobs_MV, tables, length)
     new = program.step(particle, state)
-    # A counter that a program makes a Python number, or of another type, would change what is compiled.
-    new = jax.tree.map(lambda old, x: jnp.asarray(x, old.dtype), state, new)
+    began, ended = (str(jax.tree.structure(one)) for one in (state, new))
+    check(began == ended, "state", ended, f"a step that returns one like Program.start, {began}")
+    new = jax.tree.map(_like, state, new)
     tokens = [context.token for context in particle.contexts]
-    if tokens[0] is None:
-        raise ValueError("a step has to enter a token: sample, observe or intervene on p.context.next_token()")
+    check(tokens[0] is not None, "step", "no token", "one that is sampled or observed by p.context.next_token()")
     tokens_M = jnp.stack([jnp.int32(0) if token is None else token for token in tokens])
     read_M = jnp.asarray([token is not None for token in tokens]) & ~particle.finished
     twist = jnp.where(particle.finished, 0, particle.log_twist)
     written = Written(new, tokens_M, read_M, twist, particle.finished)
     return written, particle.log_weight + twist - log_twist
+
+
+def _like(old: Array, new: Any) -> Array:
+    """What a step has made of a part of its state, in the type that it began with."""
+    kind, made = old.dtype, jnp.asarray(new)
+    fine = made.shape == old.shape and jnp.promote_types(kind, made.dtype) == kind
+    check(fine, "state", f"{made.dtype}{list(made.shape)}", f"{kind}{list(old.shape)}, as Program.start has it",
+          "Begin with an array of the type and shape that the step makes.")  # fmt: skip
+    return made.astype(kind)
 
 
 def _where(moving_P: Array, new_P: Array, old_P: Array) -> Array:

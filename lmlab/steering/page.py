@@ -22,7 +22,7 @@ from lmlab.report.plots import HELD_OUT, INK, STYLE, TRAIN
 from lmlab.steering.config import Steer
 from lmlab.steering.layout import MOST_COLUMNS, MOST_ROWS
 from lmlab.steering.rounds import Outcome
-from lmlab.steering.told import anew_label, failure, meaning, number
+from lmlab.steering.told import anew_label, failure, meaning, number, plain
 from lmlab.steering.tree import draw_tree
 
 FIRST, SHOWN = 10, 200
@@ -65,7 +65,7 @@ def _tiles(outcome: Outcome, args: Steer) -> list[tuple[str, str]]:
     finished = int(np.sum(outcome.finished_P & (outcome.share_P > 0)))
     speed = f"{outcome.written / outcome.seconds:,.0f}" if outcome.seconds > 0 and outcome.written else ""
     tiles = [
-        (f"log Z (Z = {math.exp(outcome.log_evidence):.3g})", number(outcome.log_evidence)),
+        (f"log Z (Z = {plain(outcome.log_evidence):.3g})", number(outcome.log_evidence)),
         ("effective size", f"{outcome.effective:.1f} of {args.particles}"),
         ("different texts", f"{len(outcome.posterior)}"),
         ("finished particles that count", f"{finished}"),

@@ -150,9 +150,7 @@ def _infill(argument: str) -> Build:
         tokenizer = setting.tokenizer
         befores = [setting.prompts[0], *["."] * (len(pieces) - 1)]
         parts = [_tokens_after(tokenizer, *pair) for pair in zip(befores, pieces, strict=True)]
-        least = sum(map(len, parts)) + 2 * (len(parts) - 1) + 1
-        check(setting.tokens >= least, "--tokens", setting.tokens, f"at least {least}, for texts, gaps and the end")
-        return infilling(parts, setting.vocab_size, tokenizer.end_ids)
+        return infilling(parts, setting.vocab_size, setting.tokens, tokenizer.end_ids)
 
     return build
 

@@ -52,6 +52,8 @@ class Outcome:
     moves_TPK: np.ndarray | None
     """Tokens of all children; None where a round may write several."""
     child_weight_TPK: np.ndarray
+    kept_weight_TP: np.ndarray
+    """log-weights of those that went on, what twists have lent them included."""
     child_effective_T: np.ndarray
     """Effective number of children before any was chosen."""
     seconds: float
@@ -62,7 +64,8 @@ class Outcome:
     @property
     def anew(self) -> list[bool]:
         """Rounds after which not all living children went on as they were."""
-        return [_chosen_anew(one, alive_PK) for one, alive_PK in zip(self.rounds, self.child_weight_TPK, strict=True)]
+        each = zip(self.rounds, self.child_weight_TPK, self.kept_weight_TP, strict=True)
+        return [_chosen_anew(*one) for one in each]
 
     @property
     def written(self) -> int:
@@ -70,10 +73,10 @@ class Outcome:
         return sum(len(tokens) for one in self.rounds[1:] for tokens in one.tokens)
 
 
-def _chosen_anew(one: Round, weight_PK: np.ndarray) -> bool:
-    alive_P = one.log_weight_P > -np.inf
+def _chosen_anew(one: Round, weight_PK: np.ndarray, kept_P: np.ndarray) -> bool:
+    alive_P = kept_P > -np.inf
     chosen = set(zip(one.parent_P[alive_P].tolist(), one.child_P[alive_P].tolist(), strict=True))
-    same = np.allclose(weight_PK[one.parent_P, one.child_P][alive_P], one.log_weight_P[alive_P], atol=1e-5)
+    same = np.allclose(weight_PK[one.parent_P, one.child_P][alive_P], kept_P[alive_P], atol=1e-5)
     return bool(len(chosen) < np.sum(weight_PK > -np.inf) or not same)
 
 
@@ -121,6 +124,7 @@ def conclude(
         share_P=share_P, log_evidence=float(log_evidence), effective=float(effective),
         posterior=merged(each, texts.finished_P, log_weight_P),
         moves_TPK=None if moves is None else moves[:made], child_weight_TPK=history.child_weight_TPK[:made],
+        kept_weight_TP=history.log_weight_TP[:made],
         child_effective_T=history.effective_T[:made], seconds=seconds, stopped_by=stopped_by,
     )  # fmt: skip
 

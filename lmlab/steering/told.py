@@ -20,6 +20,11 @@ def number(value: float, form: str = ".3f") -> str:
     return format(value, form) if math.isfinite(value) else "none"
 
 
+def plain(log_value: float) -> float:
+    """What this is the logarithm of; infinity where no number is that large."""
+    return math.exp(log_value) if log_value < 700 else math.inf
+
+
 def meaning(args: Steer) -> str:
     """What Z estimates."""
     texts = f"texts that end within {args.tokens}" if args.unfinished == "drop" else f"the first {args.tokens}"
@@ -54,7 +59,7 @@ def summary(outcome: Outcome, args: Steer, drawn: WeighedText | None) -> str:
     stopped = f"stopped by {outcome.stopped_by} after round {made}: texts as they were then"
     lines = [stopped] if outcome.stopped_by else []
     evidence = number(outcome.log_evidence)
-    lines += [f"log Z           {evidence}" + (f"   (Z = {math.exp(outcome.log_evidence):.3g})" if drawn else "")]
+    lines += [f"log Z           {evidence}" + (f"   (Z = {plain(outcome.log_evidence):.3g})" if drawn else "")]
     lines += [f"                Z estimates {meaning(args)}"]
     lines += [
         f"effective size  {outcome.effective:.1f} of {args.particles} particles",

@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from lmlab.core.errors import UserError
 from lmlab.data.config import Bytes, TokenizerFile, TrainedBPE
 from lmlab.data.sources import Document
+from lmlab.data.spellings import spellings
 from lmlab.data.tokenizers import build_tokenizer, load_tokenizer, wrap_tokenizer
 
 CORPUS = [Document(str(i), f"the cat {i} sat on the mat; " * 20) for i in range(50)]
@@ -68,6 +69,13 @@ def test_spellings_of_tokens_are_the_text(tokenizer, nasty):
     assert len(tokenizer.spellings_V) == tokenizer.vocab_size
     for text, ids_T in zip(nasty, tokenizer.encode_batch(nasty), strict=True):
         assert b"".join(tokenizer.spellings_V[i] for i in ids_T) == text.encode()
+
+
+def test_signs_of_word_pieces_are_text_in_other_vocabularies():
+    words = {"##": 0, "####": 1, "▁#": 2, "##ing": 3, "[SEP]": 4}
+    pieces = Tokenizer(models.BPE(words, [], unk_token="##"))
+    assert spellings(pieces, 5)[:4] == (b"##", b"####", b" #", b"##ing")
+    assert spellings(Tokenizer(models.WordPiece(words, unk_token="[SEP]")), 6)[3:] == (b"ing", b"[SEP]", b"")
 
 
 def test_special_tokens_have_no_bytes_and_no_text(tokenizer):

@@ -23,11 +23,12 @@ from bigrams import (
     weight_of,
 )
 
+from lmlab.core.errors import UserError
 from lmlab.inference.blocks import blocks, in_blocks
 from lmlab.inference.programs import Program
 from lmlab.inference.resampling import systematic
 from lmlab.inference.smc import run, standard, steering
-from lmlab.inference.texts import infer
+from lmlab.inference.texts import infer, program_model
 from lmlab.testing.tiny import lively, tiny_lm
 
 TABLES = random_tables()
@@ -160,3 +161,11 @@ def test_particles_that_wait_at_a_boundary_keep_what_the_model_says():
         waited += len(set(length_P[going_P].tolist())) > 1
     assert compared > 8
     assert waited > 1
+
+
+def test_a_model_whose_particles_cannot_wait_is_refused():
+    step = lambda p, state: p.sample(p.context.next_token())
+    alone = program_model(tiny_lm(), Program(step, jnp.int32(0)))
+    with pytest.raises(UserError, match="cannot wait"):
+        in_blocks(alone)
+    in_blocks(program_model(tiny_lm(), Program(step, jnp.int32(0), boundary=lambda state: state == 1)))

@@ -47,17 +47,14 @@ def gap_weights(fragments, room, least, more):
 )
 def test_gaps_are_filled_as_the_model_would_given_the_fragments(fragments, driver):
     room = 7
-    program = infilling(fragments, VOCAB, [END], least=1, more=0.4)
-    log_weight_CP, tokens_CPS, length_CP, finished_CP = runs(
-        LM, PARAMS, program, [FIRST], room, driver=driver, count=1500
-    )
-    # Longer gaps than there is room for are cut, and have not finished.
-    made = np.where(finished_CP, log_weight_CP, -np.inf), tokens_CPS, length_CP, finished_CP
+    program = infilling(fragments, VOCAB, room, [END], least=1, more=0.4)
+    made = runs(LM, PARAMS, program, [FIRST], room, driver=driver, count=1500)
+    assert made[3][made[0] > -np.inf].all()
     assert_posterior(made, gap_weights(fragments, room, 1, 0.4))
 
 
 def test_gaps_have_two_tokens_at_least_unless_said_otherwise():
-    made = runs(LM, PARAMS, infilling(([0], [2]), VOCAB, [END]), [FIRST], 12, count=50)
+    made = runs(LM, PARAMS, infilling(([0], [2]), VOCAB, 12, [END]), [FIRST], 12, count=50)
     assert made[2][made[3]].min() == 5
 
 
@@ -85,11 +82,12 @@ def test_scores_of_tokens_are_log_ratios_of_smoothed_shares():
 @pytest.mark.parametrize(
     ("build", "word"),
     [
-        (lambda: infilling(([0],), VOCAB, [END]), "at least two"),
-        (lambda: infilling(([0], [], [1]), VOCAB, [END]), "all but the first and the last"),
-        (lambda: infilling(([0], []), VOCAB), "end token"),
-        (lambda: infilling(([0], [1]), VOCAB, [END], least=0), "least"),
-        (lambda: infilling(([0], [1]), VOCAB, [END], more=1.0), "more"),
+        (lambda: infilling(([0],), VOCAB, 9, [END]), "at least two"),
+        (lambda: infilling(([0], [], [1]), VOCAB, 9, [END]), "all but the first and the last"),
+        (lambda: infilling(([0], []), VOCAB, 9), "end token"),
+        (lambda: infilling(([0], [1]), VOCAB, 9, [END], least=0), "least"),
+        (lambda: infilling(([0], [1]), VOCAB, 9, [END], more=1.0), "more"),
+        (lambda: infilling(([0], [1]), VOCAB, 4, [END]), "at least 5"),
         (lambda: intersection(1), "contexts"),
         (lambda: classified(np.asarray([0.0, np.nan])), "scores"),
         (lambda: token_scores([], [np.asarray([0])], 3), "inside"),

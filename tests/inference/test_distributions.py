@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmlab.core.errors import UserError
 from lmlab.inference.distributions import Bernoulli, Categorical, Context, Geometric, normalised, safe_log
 
 LOGITS = jnp.asarray([1.0, -jnp.inf, 0.0, 2.5])
@@ -75,5 +76,5 @@ def test_a_context_takes_one_token_a_step():
     context = Context(normalised(LOGITS))
     context.next_token().take(3)
     assert int(context.token) == 3
-    with pytest.raises(ValueError, match="one token a step"):
+    with pytest.raises(UserError, match="one token a step"):
         context.next_token().take(0)

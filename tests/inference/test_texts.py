@@ -1,5 +1,7 @@
 """Particles as rows of a cache: what they hold is what a fresh pass says, however the rounds are made."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,8 +100,32 @@ def test_bad_input_is_refused():
         with pytest.raises(UserError, match=next(iter(wrong))):
             Program(scored, **wrong)
     twice = Program(lambda p, state: [p.sample(p.context.next_token()) for _ in range(2)] and state)
-    with pytest.raises(ValueError, match="one token a step"):
+    with pytest.raises(UserError, match="one token a step"):
         next(infer(lm, params, twice, [PROMPT], KEY, steering(2), particles=2, tokens=3))
+    wrong = {
+        "state = 'float32": Program(lambda p, n: n + 0.5 * p.sample(p.context.next_token()), jnp.int32(0)),
+        "state = 'int32": Program(lambda p, n: p.sample(p.context.next_token()), jnp.asarray(False)),
+        "one like Program.start": Program(lambda p, n: (p.sample(p.context.next_token()), n), jnp.int32(0)),
+        "step = 'no token'": Program(lambda p, state: p.finish() or state),
+        "mask = 'int32": Program(lambda p, state: p.observe(p.context.mask(jnp.arange(3)), True) or state),
+        "mask = 'bool": Program(lambda p, state: p.observe(p.context.mask(jnp.ones(9, bool)), True) or state),
+    }
+    for message, program in wrong.items():
+        with pytest.raises(UserError, match=re.escape(message)):
+            next(infer(lm, params, program, [PROMPT], KEY, steering(2), particles=2, tokens=3))
+
+
+@pytest.mark.parametrize("driver", [steering(2), standard(threshold=1.0)], ids=["steering", "standard"])
+def test_a_weight_that_is_no_number_is_seen_in_the_evidence(driver):
+    def step(p, state):
+        token = p.sample(p.context.next_token())
+        p.score(jnp.where((token == 4) & (p.length == 1), jnp.nan, 0.0))
+        return state
+
+    lm, params = model("llama")
+    *_, found = infer(lm, params, Program(step), [PROMPT], KEY, driver, particles=8, tokens=4)
+    assert (found.history.moves_TPK[1] == 4).any()
+    assert jnp.isnan(found.log_evidence)
 
 
 def test_particles_are_taken_in_any_order():
