@@ -15,8 +15,9 @@ masked draw; the best of N masked ones; and one text by weight of importance sam
 of N particles. The higher log Z-hat the better: by what its mean lacks of log Z the law of the text may differ from
 that of exact ones (KL divergence, in nats; of a single masked draw it is that divergence).
 
-Prints tables; writes results.json, smc_steering.svg and smc_prompts.svg. Expect about 8 minutes for the first part on
-two CPU cores, 6 where the small model of a run before is found in the folder.
+Prints tables; writes results.json, smc_steering.svg and smc_prompts.svg. Expect ten minutes for the first part on two
+shared CPU cores, and half an hour for the second with a model of 135M parameters. A small model that a run before has
+left in the folder is used again.
 """
 
 import sys
