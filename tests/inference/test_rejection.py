@@ -9,7 +9,7 @@ import pytest
 from enumerated import bigram_lm, chances, random_params
 
 from lmlab.core.errors import UserError
-from lmlab.inference.baselines import Accepted, rejection
+from lmlab.inference.rejection import Accepted, rejection
 
 VOCAB, END, FIRST, LONGEST = 4, 3, 1, 3
 LM, PARAMS = bigram_lm(VOCAB), random_params(VOCAB, seed=2)
