@@ -88,7 +88,7 @@ RUDE = [
     ("lark:signs.txt", ("grammar", "llguidance")),
     ("infill:no gap", ("--program", "___")),
     ("infill:a ___ ___ b", ("--program", "between two gaps")),
-    ("infill:long ___ text.", ("--tokens", "at least 13")),
+    ("infill:long ___ text.", ("tokens", "at least 13")),
     ("class:empty.txt", ("--program", "class:LIKE.txt,UNLIKE.txt")),
     ("class:signs.txt,empty.txt", ("outside", "at least one text")),
     ("regex:(a", ("pattern", "regular expression")),
