@@ -29,7 +29,7 @@ from experiments.reward_pilot import CURED_RATES, run_pilot
 from experiments.reward_tables import digits_table, meta_table, pairs_table, pilot_tables, votes_table
 from lmlab.cli import exit_code
 from lmlab.core.errors import check
-from lmlab.label_noise.clean import open_folder
+from lmlab.report.folder import open_folder
 from lmlab.report.plots import drawing
 
 NAME = "python -m experiments.reward_modeling"

@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
-from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from experiments.results import deviation
+from experiments.smc_figures import legend
 
 Rows: TypeAlias = Sequence[Sequence[dict[str, Any]]]
 """Answers of an arm, [prompt][seed]."""
@@ -51,8 +52,9 @@ def _cell(mean: float | None, spread: float) -> str:
     return "-" if mean is None else f"{mean:.2f} ±{spread:5.2f}"
 
 
-def draw_prompts(found: dict[str, Any], panels: Sequence[Axes]) -> None:
+def draw_prompts(found: dict[str, Any], figure: Figure) -> None:
     """The mean of log Z-hat, and log-probability a token, of each arm under each constraint, in two panels."""
+    panels = list(figure.subplots(1, 2, sharey=True))
     for axes, key in zip(panels, ("log Z-hat", "nats a token"), strict=True):
         for place, arms in enumerate(found.values()):
             for shift, (name, rows) in enumerate(arms.items()):
@@ -64,6 +66,4 @@ def draw_prompts(found: dict[str, Any], panels: Sequence[Axes]) -> None:
                     axes.errorbar(mean, place + 0.11 * (shift - 2.5), xerr=spread, color=color, marker=marker,
                                   linestyle="", capsize=2, markersize=5, label=name)  # fmt: skip
         axes.set(yticks=range(len(found)), yticklabels=list(found), ylim=(len(found) - 0.5, -0.5), title=key)
-    handles, labels = panels[1].get_legend_handles_labels()
-    named = dict(zip(labels, handles, strict=True))
-    panels[1].figure.legend(named.values(), named, loc="outside right upper", fontsize=8, frameon=False)  # type: ignore[union-attr]
+    legend(figure, panels[1:])

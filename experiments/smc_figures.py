@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from experiments.smc_words import MASKED, TOKENS
 
@@ -52,9 +53,9 @@ STYLES = {
 """Colour and mark of each driver; lines are whole with the optimal proposal, broken with the plain one."""
 
 
-def draw_words(found: dict[str, Any], panels: Sequence[Axes]) -> None:
+def draw_words(found: dict[str, Any], figure: Figure) -> None:
     """Evidence, log-probability, distance and ancestors against the number of particles, in four panels."""
-    evidence, log_prob, far, lines = panels
+    evidence, log_prob, far, lines = panels = list(figure.subplots(2, 2).flat)
     error = math.hypot(*(one["error"] for one in found["exact"])) / len(found["exact"])
     _curves(
         evidence, found, lambda name: "multinomial" not in name, lambda x: (x.get("log_gap"), x.get("log_gap_error"))
@@ -71,7 +72,7 @@ def draw_words(found: dict[str, Any], panels: Sequence[Axes]) -> None:
     resampled = lambda name: name.endswith("optimal") and "importance" not in name
     _curves(lines, found, resampled, lambda x: (x["ancestors"], 0))
     lines.set(ylabel="of the particles of round 1", title="Ancestors at the end")
-    evidence.figure.legend(*_handles(panels), loc="outside right upper", fontsize=8, frameon=False)  # type: ignore[union-attr]
+    legend(figure, panels)
 
 
 def _curves(
@@ -92,6 +93,7 @@ def _curves(
     axes.set(xticks=sizes, xticklabels=sizes, xlabel="particles")
 
 
-def _handles(panels: Sequence[Axes]) -> tuple[list[Any], list[str]]:
+def legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """One legend beside all panels, each name once."""
     found = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    return list(found.values()), list(found)
+    figure.legend(found.values(), found, loc="outside right upper", fontsize=8, frameon=False)

@@ -110,10 +110,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
     """Four panels of the small model, and in a figure of their own two of the other."""
     if "words" in result:
         with drawing(path, 11, 6.5) as drawn:
-            draw_words(result["words"], list(drawn.subplots(2, 2).flat))
+            draw_words(result["words"], drawn)
     if "prompts" in result:
         with drawing(path.with_name("smc_prompts.svg"), 10, 5) as drawn:
-            draw_prompts(result["prompts"], list(drawn.subplots(1, 2, sharey=True)))
+            draw_prompts(result["prompts"], drawn)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,31 +1,18 @@
 """The treated copy of a file of preferences, the strength of each pair, and the page; all of it or nothing."""
 
-import errno
 import gzip
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lmlab.core.errors import UserError
 from lmlab.label_noise.config import LabelNoise
 from lmlab.label_noise.page import render_page, summary
 from lmlab.label_noise.read import Found
 from lmlab.label_noise.scores import Verdict
+from lmlab.report.folder import replace_all
 
 STRENGTH, REPORT = "strength.jsonl", "report.html"
-
-
-def open_folder(folder: Path) -> None:
-    """Make the folder, and see that it can be written before anything is trained. Raises `UserError`."""
-    trial = folder / f".{os.getpid()}.partial"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise UserError("--out", str(folder), f"a folder that can be written ({error.strerror})") from error
 
 
 def treated(record: dict[str, Any], pair: int, verdict: Verdict, treat: str) -> dict[str, Any] | None:
@@ -84,19 +71,3 @@ def _line(record: dict[str, Any]) -> str:
 def _packed(text: str) -> bytes:
     # Without the time, so that the same input gives the same bytes.
     return gzip.compress(text.encode(), mtime=0)
-
-
-def replace_all(files: dict[Path, bytes]) -> None:
-    """Write all files beside their places first, and only then put them there."""
-    partial = {path: path.with_name(f"{path.name}.{os.getpid()}.partial") for path in files}
-    try:
-        for path in files:
-            if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, f"{path.name} is a folder")
-        for path, content in files.items():
-            partial[path].write_bytes(content)
-        for path, beside in partial.items():
-            beside.replace(path)
-    finally:
-        for beside in partial.values():
-            beside.unlink(missing_ok=True)

@@ -2,17 +2,18 @@
 
 from pathlib import Path
 
-from lmlab.core.errors import UserError, check
+from lmlab.core.errors import check
 from lmlab.label_noise.config import LabelNoise
 from lmlab.recipe import RUNS
 
 
 def label_noise(args: LabelNoise) -> int:
     """Read, score, write, and print the summary."""
-    from lmlab.label_noise.clean import REPORT, STRENGTH, open_folder, write_all
+    from lmlab.label_noise.clean import REPORT, STRENGTH, write_all
     from lmlab.label_noise.features import read_features
     from lmlab.label_noise.read import group_pairs, read_file
     from lmlab.label_noise.scores import judge
+    from lmlab.report.folder import open_folder, writing
 
     source = Path(args.data)
     named = args.data.endswith((".jsonl", ".jsonl.gz"))
@@ -32,10 +33,8 @@ def label_noise(args: LabelNoise) -> int:
           f"There are {groups}; pairs of one prompt stay in one fold.")  # fmt: skip
     open_folder(folder)
     verdict = judge(read_features(found.pairs, args), groups_N, args)
-    try:
+    with writing(folder):
         say(write_all(found, verdict, args, target))
-    except OSError as error:
-        raise UserError("--out", str(folder), f"a folder that can be written ({error.strerror})") from error
     return 0
 
 

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lmlab.core.errors import UserError, check
+from lmlab.core.errors import check
 from lmlab.recipe import RUNS
 from lmlab.steering.config import Steer
 
@@ -14,8 +14,8 @@ def steer(args: Steer) -> int:
     """Run, write the folder, print the result. 1: no text is left; 130 or 143: stopped by SIGINT or SIGTERM."""
     from lmlab.inference.text import encode_prompts
     from lmlab.interop.pretrained import tokenizer_of
-    from lmlab.label_noise.clean import open_folder
     from lmlab.loading import load_model
+    from lmlab.report.folder import open_folder
     from lmlab.steering.programs import Setting, find_program
     from lmlab.train.folder import is_run
 
@@ -83,7 +83,7 @@ def write(outcome: Any, codec: Any, args: Steer, folder: Path) -> None:
     import jax
 
     from lmlab.inference.posterior import draw_text
-    from lmlab.label_noise.clean import replace_all
+    from lmlab.report.folder import replace_all, writing
     from lmlab.steering.page import render_page
     from lmlab.steering.told import summary
     from lmlab.steering.trace import write_trace
@@ -95,10 +95,8 @@ def write(outcome: Any, codec: Any, args: Steer, folder: Path) -> None:
         folder / "trace.json": write_trace(outcome, codec, args, drawn).encode(),
         folder / "report.html": render_page(outcome, codec, args).encode(errors="replace"),
     }
-    try:
+    with writing(folder):
         replace_all(files)
-    except OSError as error:
-        raise UserError("--out", str(folder), f"a folder that can be written ({error.strerror})") from error
     say("\n".join(["", *(f"{path.name:12s} {path.resolve()}" for path in files)]))
 
 

@@ -1,7 +1,6 @@
 """What is kept of every round on the host, and of the whole in the end."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +11,6 @@ from lmlab.inference.posterior import WeighedText, merged, particle_texts, writt
 from lmlab.inference.resampling import effective_size
 from lmlab.inference.smc import Population
 from lmlab.inference.text import TextCodec
-from lmlab.inference.texts import Texts
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def read_round(particles: Population, before: Round | None) -> Round:
     # Copies: what the next round is made of is not to be held on to.
     tokens_PS, length_P, finished_P, log_weight_P = map(np.array, jax.device_get(state))
     parent_TP, child_TP = map(np.array, jax.device_get(whose))
-    share_P, log_evidence, effective = map(np.array, jax.device_get(_figures(_without_state(particles))))
+    share_P, log_evidence, effective = map(np.array, jax.device_get(_figures(particles)))
     parent_P = parent_TP[made - 1]
     old_P = np.zeros_like(length_P) if before is None else before.length_P[parent_P]
     tokens = [row[old:new].tolist() for row, old, new in zip(tokens_PS, old_P, length_P, strict=True)]
@@ -103,26 +101,23 @@ def read_round(particles: Population, before: Round | None) -> Round:
     )  # fmt: skip
 
 
-def _without_state(particles: Population) -> Population:
-    return replace(particles, state=(), history=None)  # type: ignore[arg-type]
-
-
 def conclude(
     particles: Population, rounds: list[Round], codec: TextCodec, prompts: list[np.ndarray], shown: list[str],
     seconds: float, stopped_by: str,
 ) -> Outcome:  # fmt: skip
     """The outcome of the last population, whose weights are its own. shown: the prompts as text."""
-    texts = jax.device_get(_read_texts(particles.state))
+    texts = written(particles.state)
+    finished_P = np.asarray(texts.finished_P)
     history = jax.device_get(particles.history)
-    share_P, log_evidence, effective = jax.device_get(_figures(_without_state(particles)))
+    share_P, log_evidence, effective = jax.device_get(_figures(particles))
     log_weight_P = np.asarray(particles.log_weight_P)
     each = particle_texts(codec, prompts[0], texts)
     made = len(rounds)
     moves = history.moves_TPK
     return Outcome(
-        prompts=shown, rounds=rounds, texts=each, finished_P=texts.finished_P, log_weight_P=log_weight_P,
+        prompts=shown, rounds=rounds, texts=each, finished_P=finished_P, log_weight_P=log_weight_P,
         share_P=share_P, log_evidence=float(log_evidence), effective=float(effective),
-        posterior=merged(each, texts.finished_P, log_weight_P),
+        posterior=merged(each, finished_P, log_weight_P),
         moves_TPK=None if moves is None else moves[:made], child_weight_TPK=history.child_weight_TPK[:made],
         kept_weight_TP=history.log_weight_TP[:made],
         child_effective_T=history.effective_T[:made], seconds=seconds, stopped_by=stopped_by,
@@ -134,7 +129,3 @@ def own_weights(particles: Population) -> Population:
     state = particles.state
     twist_P = written(state).log_twist_P + (state.log_twist_P if isinstance(state, Blocks) else 0)
     return replace(particles, log_weight_P=particles.log_weight_P - twist_P)
-
-
-def _read_texts(state: Any) -> Texts:
-    return replace(written(state), cache=(), logits_PMV=(), program_P=())  # type: ignore[arg-type]

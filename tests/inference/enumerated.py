@@ -3,33 +3,18 @@
 from collections import defaultdict
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from scripted import memoryless_lm
 
 from lmlab.inference.blocks import blocks, in_blocks
 from lmlab.inference.smc import run, standard
 from lmlab.inference.texts import at_boundary, begin, program_model
-from lmlab.models.lm import LM
 
 
 def bigram_lm(vocab, max_length=64):
     """After token u comes v with the softmax of params["logits_VV"][u]."""
-
-    def apply(params, inputs, *, positions_BT=None, segments_BT=None, mask=None, cache=None):
-        del params, positions_BT, segments_BT, mask
-        return jax.nn.one_hot(inputs, vocab), cache
-
-    lm = LM(
-        config=None, vocab_size=vocab, max_length=max_length, init=lambda key: {}, apply=apply,
-        embed=lambda params, tokens_BT: tokens_BT, head=lambda params: params,
-        logits=lambda params, hidden: hidden @ params["logits_VV"],
-        init_cache=lambda batch, length: jnp.zeros((batch, length)),
-        take_rows=lambda cache, rows_N: cache[rows_N],
-        put_rows=lambda cache, rows_N, other: cache.at[rows_N].set(other), rewind=lambda cache, length_B: cache,
-        resize=lambda cache, length: jnp.zeros((len(cache), length)), axes={},
-        for_decoding=lambda params: (lm, params),
-    )  # fmt: skip
-    return lm
+    last = lambda tokens_BT: jax.nn.one_hot(tokens_BT, vocab)
+    return memoryless_lm(vocab, last, lambda params, hidden: hidden @ params["logits_VV"], max_length)
 
 
 def random_params(vocab, seed=0):

@@ -1,6 +1,7 @@
-"""A model whose text is known beforehand: after token i comes i + 1."""
+"""Models that look at the last token alone; of one, the text is known beforehand: after token i comes i + 1."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +12,18 @@ from lmlab.models.lm import LM
 END = 59
 
 
-def counting_lm(vocab: int = END + 1, max_length: int = 120) -> LM:
-    """After token i comes (i + 1) mod vocab, with a probability of nearly one."""
+def memoryless_lm(
+    vocab: int, hidden: Callable[[Any], Any], logits: Callable[[Any, Any], Any], max_length: int
+) -> LM:  # fmt: skip
+    """After a token comes what `logits(params, hidden(token))` says, whatever was before it."""
 
     def apply(params, inputs, *, positions_BT=None, segments_BT=None, mask=None, cache=None):
         del params, positions_BT, segments_BT, mask
-        return jax.nn.one_hot((inputs + 1) % vocab, vocab), cache
+        return hidden(inputs), cache
 
     lm = LM(
         config=None, vocab_size=vocab, max_length=max_length, init=lambda key: {}, apply=apply,
-        embed=lambda params, tokens_BT: tokens_BT, head=lambda params: params,
-        logits=lambda params, hidden: 100.0 * hidden,
+        embed=lambda params, tokens_BT: tokens_BT, head=lambda params: params, logits=logits,
         init_cache=lambda batch, length: jnp.zeros((batch, length)),
         take_rows=lambda cache, rows_N: cache[rows_N],
         put_rows=lambda cache, rows_N, other: cache.at[rows_N].set(other), rewind=lambda cache, length_B: cache,
@@ -29,6 +31,12 @@ def counting_lm(vocab: int = END + 1, max_length: int = 120) -> LM:
         for_decoding=lambda params: (lm, params),
     )  # fmt: skip
     return lm
+
+
+def counting_lm(vocab: int = END + 1, max_length: int = 120) -> LM:
+    """After token i comes (i + 1) mod vocab, with a probability of nearly one."""
+    following = lambda tokens_BT: jax.nn.one_hot((tokens_BT + 1) % vocab, vocab)
+    return memoryless_lm(vocab, following, lambda params, hidden: 100.0 * hidden, max_length)
 
 
 class Letters:

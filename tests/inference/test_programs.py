@@ -37,7 +37,9 @@ def text_logprobs(prompt, temperature=1.0):
     hidden_XTD, _ = LM.apply(PARAMS, whole_XT[:, :-1])
     logprobs_XTV = jax.nn.log_softmax(LM.logits(PARAMS, hidden_XTD)[:, len(PROMPTS[prompt]) - 1 :] / temperature)
     logprobs_XTV = np.asarray(logprobs_XTV, np.float64)
-    return np.asarray([sum(rows[t, v] for t, v in enumerate(text)) for rows, text in zip(logprobs_XTV, TEXTS)])  # noqa: B905
+    return np.asarray(
+        [sum(rows[t, v] for t, v in enumerate(text)) for rows, text in zip(logprobs_XTV, TEXTS, strict=True)]
+    )
 
 
 def walk(p, last):
