@@ -48,7 +48,7 @@ def ours(model: str, folder: str) -> Generate:
             norm_eps=peers.NORM_EPS, attention=AttentionConfig(heads=peers.N_HEADS), mlp=MLPConfig(width=peers.FFN),
         )  # fmt: skip
         lm = transformer(config)
-        params = jax.jit(lm.init)(jax.random.key(0))
+        params = lm.init(jax.random.key(0))
     else:
         from lmlab.interop.pretrained import load_pretrained
 

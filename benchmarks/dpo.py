@@ -71,7 +71,7 @@ def lmlab_step(arm: str, seed: int) -> Callable[[], tuple[float, float]]:
     kept = arm == "lmlab_kept"
     lm = llama(ExecutionConfig(unroll=0) if kept else ExecutionConfig(remat="full", unroll=1))
     tx = optimizer(lm)
-    params = jax.jit(lm.init)(jax.random.key(seed))
+    params = lm.init(jax.random.key(seed))
     pairs = [EncodedPair(str(i), prompt, answers, 1.0, 0.0) for i, (prompt, *answers) in enumerate(make_pairs(seed))]
     shared = arm != "lmlab_apart"
     rows = lay_out_pairs(pairs, (3 if shared else 4) * TOKENS, shared=shared)

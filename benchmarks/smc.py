@@ -58,7 +58,7 @@ def build_lm() -> tuple[Any, Any, Any]:
         attention=AttentionConfig(heads=peers.N_HEADS), mlp=MLPConfig(width=peers.FFN),
     )  # fmt: skip
     lm = transformer(config)
-    return config, lm, jax.jit(lm.init)(jax.random.key(0))
+    return config, lm, lm.init(jax.random.key(0))
 
 
 def write_model(folder: Path) -> None:

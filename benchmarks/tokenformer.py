@@ -46,7 +46,7 @@ def configs(width: int, layers: int, length: int, dtype: Any) -> dict[str, Model
 def arms(config: ModelConfig, rows: int, length: int, seed: int) -> dict[str, Callable[[], Any]]:
     """Calls of the compiled forward pass, and of a step that keeps its state."""
     lm, tx = language_model(config), optax.adamw(1e-4)
-    params = jax.jit(lm.init)(jax.random.key(seed))
+    params = lm.init(jax.random.key(seed))
     x_BTD = jax.random.normal(jax.random.key(seed + 1), (rows, length, config.width))
     slope_BTD = jax.random.normal(jax.random.key(seed + 2), x_BTD.shape)
 

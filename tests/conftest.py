@@ -1,5 +1,6 @@
 """Eight CPU devices, strict promotion of ranks, quick compilation and a cache of it; all set before JAX starts."""
 
+import gc
 import itertools
 import json
 import os
@@ -9,9 +10,17 @@ from pathlib import Path
 
 CACHE = Path(tempfile.gettempdir()) / f"lmlab-tests-{os.getuid()}"
 os.environ["LMLAB_CACHE"] = str(CACHE)
-# Programs run for milliseconds here and take seconds to compile: LLVM's optimisations double the time of the suite.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    # Programs run for milliseconds here and take seconds to compile: LLVM's optimisations double the time of the suite,
+    # and to build every fusion by MLIR doubles the rest.
+    "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false",
+    # Eight devices on two cores: XLA aborts the process where a thread waits for another longer than 40 seconds, as it
+    # may on a machine that others use.
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+)  # fmt: skip
+os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS))
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402
@@ -27,6 +36,9 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla" / os.environ.ge
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
+
+# Traces leave many objects behind; to look through all of them so often is a tenth of the time of the suite.
+gc.set_threshold(100_000, 20, 100)
 
 MAPS, TESTS = 30_000, 20
 """Maps of memory, of which Linux gives a process 65,530 (vm.max_map_count). Each compiled program holds some, and the

@@ -157,9 +157,11 @@ def decoder_lm(config: DecoderConfig, block: Block) -> LM:
             return lm, params
         return _apart(config, block), lay_apart(params, config.layers)  # type: ignore[arg-type]  # a class is hashable
 
+    # One program: operation by operation, a fresh model takes seconds to compile.
+    init = jax.jit(lambda key: nn.unbox(boxed(key)))
     lm = LM(
         config=config, vocab_size=config.vocab_size, max_length=config.max_length,
-        init=lambda key: nn.unbox(boxed(key)), apply=apply,
+        init=init, apply=apply,
         embed=lambda params, tokens_BT: run(params, tokens_BT, method="embed"),
         head=head, logits=logits, init_cache=init_cache, take_rows=caches.take_rows,
         put_rows=caches.put_rows, rewind=caches.rewind, resize=caches.resize, for_decoding=for_decoding,

@@ -125,7 +125,7 @@ def add_heads(config: MultiTokenConfig, params: Params, key: Key) -> Params:
 
     Heads that are layers begin as copies of its last one, the others fresh. Inverse of `drop_heads`.
     """
-    fresh = jax.jit(multi_token_lm(config).lm.init)(key)
+    fresh = multi_token_lm(config).lm.init(key)
     heads = {name: leaf for name, leaf in fresh.items() if name.startswith("head_")}
     if config.own_layers:
         last = _layer(config, params, config.depth - 1)
@@ -197,6 +197,7 @@ def _init(config: MultiTokenConfig, model: ModelConfig, base: LM) -> tuple[Calla
         table = rotary_table(model.rotary, model.head_dim, places) if model.positions == "rotary" else None
         return module.init(key, (x, None), x, 0, table, self_attention_mask(places), None)["params"]
 
+    @jax.jit
     def init(key: Key) -> Params:
         names = range(2, config.heads + 1)
         return {**base.init(key), **{head_name(i): nn.unbox(boxed(jax.random.fold_in(key, i))) for i in names}}

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -64,6 +65,7 @@ def tiny_multi_token_lm(chain: Any) -> MultiTokenLM:
     return multi_token_lm(MultiTokenConfig(tiny_config(layers=3), 2, chain))
 
 
+@partial(jax.jit, static_argnames="seed")
 def lively(params: Params, seed: int = 0) -> Params:
     """The parameters with noise on every leaf: fresh ones hold zeros and ones that hide mistakes."""
     leaves, treedef = jax.tree.flatten(params)

@@ -16,7 +16,7 @@ def test_all_sequences_are_all_of_them_once():
 
 def test_probabilities_of_all_sequences_sum_to_one_after_any_prompt():
     lm = tiny_lm(vocab_size=3, layers=1)
-    params = lively(jax.jit(lm.init)(jax.random.key(0)))
+    params = lively(lm.init(jax.random.key(0)))
     rows = all_sequences(3, 4)
     logprobs = np.asarray(jax.jit(lambda params: sequence_logprobs(lm, params, rows, 2))(params))
     for first in all_sequences(3, 2):
@@ -26,7 +26,7 @@ def test_probabilities_of_all_sequences_sum_to_one_after_any_prompt():
 
 def test_lively_moves_every_leaf_and_repeats():
     lm = tiny_lm(layers=1)
-    params = jax.jit(lm.init)(jax.random.key(0))
+    params = lm.init(jax.random.key(0))
     moved = lively(params)
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(jnp.all(a != b)), params, moved)))
     chex.assert_trees_all_equal(moved, lively(params))

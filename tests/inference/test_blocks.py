@@ -139,7 +139,7 @@ def test_a_twist_of_the_steps_is_carried_through_blocks():
 
 def test_particles_that_wait_at_a_boundary_keep_what_the_model_says():
     lm = tiny_lm(max_length=16)
-    params, prompt = lively(jax.jit(lm.init)(jax.random.key(0)), seed=3), np.asarray([1, 0, 5], np.int32)
+    params, prompt = lively(lm.init(jax.random.key(0)), seed=3), np.asarray([1, 0, 5], np.int32)
 
     def step(p, state):
         token = p.sample(p.context.next_token())

@@ -44,7 +44,7 @@ def test_a_population_tells_its_texts(boundary):
 
     program = Program(step, jnp.int32(0), ab, boundary=boundary)
     prompt = np.asarray(list(b"x"), np.int32)
-    particles, params = 8, jax.jit(lm.init)(jax.random.key(0))
+    particles, params = 8, lm.init(jax.random.key(0))
     *_, last = infer(lm, params, program, [prompt], jax.random.key(1), steering(2), particles=particles, tokens=4)
     found = posterior(codec, prompt, last)
     assert sum(one.probability for one in found) == pytest.approx(1, abs=1e-5)

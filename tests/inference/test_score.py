@@ -63,7 +63,7 @@ def assert_same(found, wanted, atol=1e-5):
 @pytest.mark.parametrize("name", CACHES)
 def test_every_model_scores_as_by_full_passes(name, share_contexts):
     lm = LMS[name]()
-    params = lively(jax.jit(lm.init)(jax.random.key(0)))
+    params = lively(lm.init(jax.random.key(0)))
     pairs = random_pairs(10)
     assert_same(score(lm, params, pairs, share_contexts=share_contexts), by_full_passes(lm, params, pairs))
 
@@ -71,7 +71,7 @@ def test_every_model_scores_as_by_full_passes(name, share_contexts):
 @pytest.mark.parametrize("share_contexts", [False, True], ids=["packed", "shared"])
 def test_continuations_of_a_length_have_all_the_probability(share_contexts):
     lm = tiny_lm(vocab_size=3, max_length=8)
-    params = lively(jax.jit(lm.init)(jax.random.key(0)), seed=3)
+    params = lively(lm.init(jax.random.key(0)), seed=3)
     prompt, every = ids(1, 0), all_sequences(3, 4)
     found = score(lm, params, [(prompt, row) for row in np.asarray(every)], share_contexts=share_contexts)
     totals = np.asarray([one.total for one in found])
@@ -86,7 +86,7 @@ def test_continuations_of_a_length_have_all_the_probability(share_contexts):
 @pytest.mark.parametrize("name", CACHES)
 def test_what_is_sampled_has_the_logprobs_of_the_scorer(name):
     lm = LMS[name]()
-    params = lively(jax.jit(lm.init)(jax.random.key(0)))
+    params = lively(lm.init(jax.random.key(0)))
     prompts = [ids(1, 2), ids(3), ids(6, 5, 4, 3)]
     drawn = sample(lm, params, prompts, jax.random.key(1), SamplingConfig(temperature=0.8, max_new_tokens=9))
     for share_contexts in (False, True):

@@ -34,7 +34,7 @@ PROMPTS = [ids(2), ids(0, 1), ids(1, 2, 2, 0, 1, 0, 2)]
 def made(chain="parallel", heads=4, layers=5, **changes):
     config = tiny_config(layers=layers, **{"vocab_size": 3, "max_length": 32, **changes})
     model = multi_token_lm(MultiTokenConfig(config, heads, chain))
-    return model, lively(jax.jit(model.lm.init)(jax.random.key(3)), seed=3)
+    return model, lively(model.lm.init(jax.random.key(3)), seed=3)
 
 
 def counting_heads(heads, vocab=END + 1):

@@ -30,7 +30,7 @@ KEY = jax.random.key(11)
 
 def model(seed, **changes):
     lm = tiny_lm(vocab_size=3, max_length=16, **changes)
-    return Model(lm, lively(jax.jit(lm.init)(jax.random.key(seed)), seed=seed))
+    return Model(lm, lively(lm.init(jax.random.key(seed)), seed=seed))
 
 
 TARGET, DRAFT = model(3), model(4, layers=1)

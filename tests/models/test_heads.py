@@ -29,7 +29,7 @@ def config(chain="parallel", heads=3, layers=4, **changes):
 
 def made(chain="parallel", heads=3, **changes):
     model = multi_token_lm(config(chain, heads, **changes))
-    return model, lively(jax.jit(model.lm.init)(jax.random.key(0)))
+    return model, lively(model.lm.init(jax.random.key(0)))
 
 
 def hidden_of(model, params, tokens=TOKENS):

@@ -18,6 +18,8 @@ from lmlab.train.step import ratio_value
 LM = tiny_lm()
 PARAMS = LM.init(jax.random.key(0))
 GRADS = lively(jax.tree.map(jnp.zeros_like, PARAMS), seed=1)
+ROUNDING = 5e-5
+"""Singular vectors move by the rounding of their matrix over the gap between two singular values."""
 
 
 @jax.jit
@@ -79,7 +81,7 @@ def test_moments_are_float32_whatever_the_parameters_are_unless_they_are_coded(m
 def test_jit_and_eager_agree(made):
     # Two updates: one that finds subspaces, one that keeps them.
     one, two = (run(tx, made.params, steps=2) for tx in (made.tx, made.eager))
-    chex.assert_trees_all_close(one, two, rtol=made.rtol, atol=1e-5)
+    chex.assert_trees_all_close(one, two, rtol=made.rtol, atol=ROUNDING)
 
 
 def test_a_scan_of_steps_is_the_steps(made):
@@ -88,7 +90,7 @@ def test_a_scan_of_steps_is_the_steps(made):
         return (optax.apply_updates(carry[0], updates), state), None
 
     scanned, _ = jax.jit(lambda: jax.lax.scan(one, (made.params, made.tx.init(made.params)), length=3))()
-    chex.assert_trees_all_close(scanned, run(made.tx, made.params), rtol=made.rtol, atol=1e-5)
+    chex.assert_trees_all_close(scanned, run(made.tx, made.params), rtol=made.rtol, atol=ROUNDING)
 
 
 def test_init_under_eval_shape(made):
@@ -100,7 +102,8 @@ def test_in_a_chain_and_partitioned(made):
     half = jax.tree_util.tree_map_with_path(lambda path, _: "mlp" in str(path), PARAMS)
     chained = compiled(optax.chain(made.eager, optax.scale(0.5)))
     one, two = (tx.update(GRADS, tx.init(made.params), made.params)[0] for tx in (made.tx, chained))
-    chex.assert_trees_all_close(jax.tree.map(lambda x: x / 2, one), two, rtol=1e-6)
+    # Two programs, which may round otherwise; an update under master weights is a difference of such as are near 1.
+    chex.assert_trees_all_close(jax.tree.map(lambda x: x / 2, one), two, rtol=1e-5, atol=1e-6)
     parts = optax.partition({True: optax.set_to_zero(), False: made.eager}, half)
     moved, _ = run(compiled(parts), made.params)
     chex.assert_trees_all_equal(moved["layers"]["mlp"], made.params["layers"]["mlp"])

@@ -12,6 +12,8 @@ from lmlab.train.step import make_step
 
 STEPS = 20
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (2, 1, 1, 4), (2, 2, 1, 2), (1, 2, 2, 2)]
+MIXED = [(2, 1, 1, 4), (1, 2, 2, 2)]
+"""Those of which every objective is shown; together they divide every axis."""
 BATCHES = [random_batch(rows=8, seed=seed) for seed in range(STEPS)]
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, eps=1e-3))
 INVOLUNTARY = "Involuntary full rematerialization"

@@ -19,7 +19,6 @@ from lmlab.train.config import HostsConfig
 ROOT = Path(__file__).resolve().parents[2]
 DEVICES = 8
 STEPS = ("--train.steps", "20", "--eval.no-baselines")
-QUICK = "--xla_backend_optimization_level=0"
 PATIENCE = 120
 
 
@@ -63,7 +62,7 @@ def start(
     """
     environment = os.environ | {
         "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={DEVICES // processes}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={DEVICES // processes}",
     }  # fmt: skip
     command = ["run", "tiny.py", "--out", out, *STEPS, *words]
     if processes > 1:
