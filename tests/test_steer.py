@@ -163,11 +163,12 @@ def test_a_signal_ends_it_with_what_there_is(there, capsys, monkeypatch, program
 
     def interrupting(self, made, *rest):
         update(self, made, *rest)
-        if made == 2:
+        if made == 1:
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Watch, "update", interrupting)
     assert main([*WORDS, "--program", program, "--method", "steer"]) == 130
+    # It is heard after the next round.
     assert "stopped by SIGINT after round 2" in capsys.readouterr().out
     trace, page = strict(there / "s")
     check_trace(trace)

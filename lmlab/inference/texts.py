@@ -203,26 +203,34 @@ def at_boundary(program: Program) -> Callable[[Texts], Array]:
     return lambda texts: jax.vmap(boundary)(texts.program_P)
 
 
+def prepare(
+    lm: LM, params: Params, program: Program, prompts: Sequence[np.ndarray], particles: int, longest: int
+) -> tuple[FeynmanKac, Any]:  # fmt: skip
+    """The model of a program, in blocks if it has a boundary, and its particles as they `begin`."""
+    model, state = program_model(lm, program), begin(lm, params, program, prompts, particles, longest)
+    if program.boundary is None:
+        return model, state
+    return in_blocks(model, at_boundary(program), longest), blocks(state, particles)
+
+
 def infer(
     lm: LM, params: Params, program: Program, prompts: Sequence[np.ndarray], key: Key, driver: Driver, *,
-    particles: int, tokens: int, stride: int = 0,
+    particles: int, tokens: int, stride: int = 0, stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Population]:  # fmt: skip
     """The particles of a program after every `stride` rounds (0: all at once); the last are `concluded`.
 
-    prompts: one for each context, int32 [n]. tokens: that a particle may write at most. Raises `UserError` as `begin`.
-    What was given before is no longer there when the next is asked for.
+    prompts: one for each context, int32 [n]. tokens: that a particle may write at most. stop: asked after these rounds
+    whether they are to be the last. Raises `UserError` as `begin`. What was given before is no longer there when the
+    next is asked for.
     """
     check(particles >= 1, "particles", particles, "at least 1")
     lm, params = lm.for_decoding(params)
     both = params, program.tables
-    model = program_model(lm, program)
-    state: Any = begin(lm, params, program, prompts, particles, tokens)
-    if program.boundary is not None:
-        model, state = in_blocks(model, at_boundary(program), tokens), blocks(state, particles)
+    model, state = prepare(lm, params, program, prompts, particles, tokens)
     now = population(model, driver, both, state, tokens)
-    made = 0
-    while made < tokens and not np.all(now.done_P):
+    made, over = 0, False
+    while not over:
         made += stride or tokens
         now = advance(model, driver, both, now, key, made)
-        over = made >= tokens or bool(np.all(now.done_P))
+        over = made >= tokens or bool(np.all(now.done_P)) or stop()
         yield concluded(model, now) if over else now

@@ -53,26 +53,22 @@ def watched(model: Any, program: Any, codec: Any, prompts: list[Any], args: Stee
     from lmlab.inference.posterior import particle_texts, written
     from lmlab.inference.smc import only
     from lmlab.inference.texts import infer
-    from lmlab.steering.rounds import conclude, own_weights, read_round
+    from lmlab.steering.rounds import conclude, read_round
     from lmlab.steering.watch import Watch
     from lmlab.train.loop import stop_signals
 
     rounds: list[Any] = []
-    stopped_by = ""
-    made = infer(
-        model.lm, model.params, program, prompts, jax.random.key(args.seed), driver_of(args), particles=args.particles,
-        tokens=args.tokens, stride=1,
-    )  # fmt: skip
     with stop_signals() as asked, Watch(args.tokens) as watch:
-        for particles in made:
+        for particles in infer(
+            model.lm, model.params, program, prompts, jax.random.key(args.seed), driver_of(args),
+            particles=args.particles, tokens=args.tokens, stride=1, stop=lambda: bool(asked),
+        ):  # fmt: skip
             rounds.append(read_round(particles, rounds[-1] if rounds else None))
             broken = np.isnan(rounds[-1].log_weight_P).any()
             check(not broken, "weights", "NaN", "numbers", "The model's logits, or what the program scores, are none.")
             watch.update(len(rounds), rounds[-1], partial(particle_texts, codec, prompts[0], written(particles.state)))
-            over = len(rounds) == args.tokens or bool(particles.done_P.all())
-            if asked and not over:
-                stopped_by, particles = asked[0], own_weights(particles)
-                break
+    over = len(rounds) == args.tokens or bool(particles.done_P.all())
+    stopped_by = "" if over or not asked else asked[0]
     if args.unfinished == "drop":
         particles = only(particles, written(particles.state).finished_P)
     return conclude(particles, rounds, codec, prompts, list(args.prompt), watch.seconds, stopped_by)

@@ -1,12 +1,11 @@
 """What is kept of every round on the host, and of the whole in the end."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import numpy as np
 
 from lmlab.core.types import Array
-from lmlab.inference.blocks import Blocks
 from lmlab.inference.posterior import WeighedText, merged, particle_texts, written
 from lmlab.inference.resampling import effective_size
 from lmlab.inference.smc import Population
@@ -122,10 +121,3 @@ def conclude(
         kept_weight_TP=history.log_weight_TP[:made],
         child_effective_T=history.effective_T[:made], seconds=seconds, stopped_by=stopped_by,
     )  # fmt: skip
-
-
-def own_weights(particles: Population) -> Population:
-    """Particles that were stopped between two rounds, without what their twists have lent them."""
-    state = particles.state
-    twist_P = written(state).log_twist_P + (state.log_twist_P if isinstance(state, Blocks) else 0)
-    return replace(particles, log_weight_P=particles.log_weight_P - twist_P)

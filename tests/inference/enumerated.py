@@ -6,9 +6,9 @@ import jax
 import numpy as np
 from scripted import memoryless_lm
 
-from lmlab.inference.blocks import blocks, in_blocks
+from lmlab.inference.posterior import written
 from lmlab.inference.smc import run, standard
-from lmlab.inference.texts import at_boundary, begin, program_model
+from lmlab.inference.texts import prepare
 
 
 def bigram_lm(vocab, max_length=64):
@@ -37,14 +37,12 @@ def chances(params, first, ends, longest):
 def runs(lm, params, program, firsts, longest, particles=4, count=2000, driver=None, seed=0):
     """Populations of as many runs, after prompts of one token each: log-weights and tokens [count, P, ...]."""
     driver = driver or standard()
-    state = begin(lm, params, program, [np.asarray([first], np.int32) for first in firsts], particles, longest)
-    model = program_model(lm, program)
-    if program.boundary is not None:
-        model, state = in_blocks(model, at_boundary(program), longest), blocks(state, particles)
+    prompts = [np.asarray([first], np.int32) for first in firsts]
+    model, state = prepare(lm, params, program, prompts, particles, longest)
 
     def one(key):
         population = run(model, driver, (params, program.tables), state, key, longest)
-        texts = population.state if program.boundary is None else population.state.inner
+        texts = written(population.state)
         return population.log_weight_P, texts.tokens_PS, texts.length_P, texts.finished_P
 
     return [np.asarray(x) for x in jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(seed), count))]

@@ -233,12 +233,19 @@ def test_a_twist_is_taken_back():
         return state
 
     tables = jnp.asarray([0.5, -1.5, 3.0])
-    populations = infer(
-        LM, PARAMS, Program(step, tables=tables), PROMPTS[:1], jax.random.key(1), standard(threshold=0),
-        particles=8, tokens=LONGEST, stride=1,
-    )  # fmt: skip
-    for found in populations:
+    program = Program(step, tables=tables)
+
+    def populations(stop):
+        return infer(
+            LM, PARAMS, program, PROMPTS[:1], jax.random.key(1), standard(threshold=0), particles=8, tokens=LONGEST,
+            stride=1, stop=stop,
+        )  # fmt: skip
+
+    for found in populations(stop=lambda: False):
         ended_P, length = np.asarray(found.state.finished_P), int(found.rounds)
         lent = np.zeros(8) if found.done_P.all() else tables[found.state.tokens_PS[:, length - 1]]
         np.testing.assert_allclose(found.log_weight_P, np.where(ended_P, 0, lent), atol=1e-6)
     assert 0 < ended_P.sum() < 8
+    (cut,) = populations(stop=lambda: True)
+    assert not cut.done_P.all()
+    np.testing.assert_allclose(cut.log_weight_P, 0, atol=1e-6)
