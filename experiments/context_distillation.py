@@ -105,8 +105,9 @@ def run(options: Options) -> dict[str, Any]:
     asked = [options.only] if options.only else list(PARTS)
     result: dict[str, Any] = {"options": asdict(options)}
     if "tasks" in asked:
-        sizes = Sizes(options.seeds, options.pretraining, options.steps, options.inputs, options.held_out,
-                      arms=SMOKE if options.smoke else ())  # fmt: skip
+        sizes = Sizes(options.seeds, options.pretraining, options.steps, options.inputs, options.held_out)
+        if options.smoke:
+            sizes = replace(sizes, rows=4, arms=SMOKE)
         result["tasks"] = run_tasks(sizes)
     if "addition" in asked:
         result["addition"] = run_addition(

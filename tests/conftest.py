@@ -13,8 +13,9 @@ os.environ["LMLAB_CACHE"] = str(CACHE)
 FLAGS = (
     "--xla_force_host_platform_device_count=8",
     # Programs run for milliseconds here and take seconds to compile: LLVM's optimisations double the time of the suite,
-    # and to build every fusion by MLIR doubles the rest.
+    # to build every fusion by MLIR doubles the rest. A program in parts for many threads takes longer, and more maps.
     "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
     # Eight devices on two cores: XLA aborts the process where a thread waits for another longer than 40 seconds, as it
     # may on a machine that others use.
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
@@ -40,7 +41,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 # Traces leave many objects behind; to look through all of them so often is a tenth of the time of the suite.
 gc.set_threshold(100_000, 20, 100)
 
-MAPS, TESTS = 30_000, 20
+MAPS, TESTS = 40_000, 20
 """Maps of memory, of which Linux gives a process 65,530 (vm.max_map_count). Each compiled program holds some, and the
 process that gets no more dies of a segmentation fault; the tests of one table of models need as many. They are counted
 once in so many tests."""

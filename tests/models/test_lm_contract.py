@@ -39,6 +39,12 @@ def logits(lm: LM, params: Params, tokens_BT: jax.Array) -> jax.Array:
     return lm.logits(params, lm.apply(params, tokens_BT)[0])
 
 
+def alone(lm: LM, params: Params, text_N: jax.Array) -> jax.Array:
+    """Hidden vectors [N, D] of a text by itself, in rows of the length that all tests share: what follows is not seen."""
+    row_T = jnp.zeros(T, jnp.int32).at[: len(text_N)].set(text_N)
+    return lm.apply(params, jnp.stack([row_T, row_T]))[0][0, : len(text_N)]
+
+
 def test_axes_name_every_axis(made):
     lm, params = made
     names = jax.tree.map(len, lm.axes, is_leaf=is_names)
@@ -97,21 +103,20 @@ def test_cache_ignores_padding_and_gathers_rows(made):
     following = tokens(3, 1, seed=5)
     hidden, _ = lm.apply(params, following, cache=cache)
     for place, row in enumerate(rows):
-        alone = jnp.concatenate([tokens()[row, : lengths[row]], following[place]])[None]
-        expected = lm.apply(params, alone)[0][0, -1]
+        expected = alone(lm, params, jnp.concatenate([tokens()[row, : lengths[row]], following[place]]))[-1]
         chex.assert_trees_all_close(hidden[place, 0], expected, atol=2e-5)
 
 
 def test_cache_takes_rows_in_and_forgets(made):
     lm, params = made
     _, cache = lm.apply(params, tokens()[:, :4], cache=lm.init_cache(2, 8))
-    _, other = lm.apply(params, tokens(2, 3, seed=6), cache=lm.init_cache(2, 8))
-    # Row 1 becomes the first of the others; the second goes nowhere. Then row 0 forgets its last two tokens.
+    _, other = lm.apply(params, tokens(2, 4, seed=6), cache=lm.init_cache(2, 8))
+    # Row 1 becomes the first of the others; the second goes nowhere. Then row 0 forgets two tokens, row 1 its last one.
     cache = lm.rewind(lm.put_rows(cache, jnp.asarray([1, 2]), other), jnp.asarray([2, 3]))
     following = tokens(2, 1, seed=5)
     hidden, _ = lm.apply(params, following, cache=cache)
-    for row, before in enumerate((tokens()[0, :2], tokens(2, 3, seed=6)[0])):
-        expected = lm.apply(params, jnp.concatenate([before, following[row]])[None])[0][0, -1]
+    for row, before in enumerate((tokens()[0, :2], tokens(2, 4, seed=6)[0, :3])):
+        expected = alone(lm, params, jnp.concatenate([before, following[row]]))[-1]
         chex.assert_trees_all_close(hidden[row, 0], expected, atol=2e-5)
 
 
@@ -155,8 +160,8 @@ def test_packed_documents_do_not_see_each_other(made):
     segments, positions = jnp.asarray([[1, 1, 1, 2, 2, 0]]), jnp.asarray([[0, 1, 2, 0, 1, 0]])
     hidden, _ = lm.apply(params, packed, positions_BT=positions, segments_BT=segments)
     chex.assert_tree_all_finite(hidden)
-    alone = [lm.apply(params, part)[0] for part in (first, second)]
-    chex.assert_trees_all_close(hidden[:, :5], jnp.concatenate(alone, axis=1), atol=2e-5)
+    apart = [alone(lm, params, part[0]) for part in (first, second)]
+    chex.assert_trees_all_close(hidden[0, :5], jnp.concatenate(apart), atol=2e-5)
 
 
 def test_init_is_a_function_of_the_key(made):
