@@ -12,11 +12,12 @@ LM = tiny_lm()
 KEY = jax.random.key(1)
 
 
-@pytest.fixture(params=OBJECTIVES)
+@pytest.fixture(scope="module", params=OBJECTIVES)
 def case(request):
+    """The objective as one program, which the tests share."""
     case = OBJECTIVES[request.param]
     params = lively(case.model(LM).init(jax.random.key(0)))
-    return case.build(LM), params, case.batch()
+    return jax.jit(case.build(LM)), params, case.batch()
 
 
 def test_terms_are_scalar_float32_sums_with_scales(case):
@@ -43,25 +44,27 @@ def test_weights_do_not_depend_on_the_parameters(case):
     def weight(params):
         return sum(term.weight for term in objective(params, batch, KEY).losses.values())
 
-    slopes = jax.grad(weight)(params)
+    slopes = jax.jit(jax.grad(weight))(params)
     chex.assert_trees_all_equal(slopes, jax.tree.map(jnp.zeros_like, slopes))
 
 
 def test_metrics_carry_no_gradient(case):
     objective, params, batch = case
-    slopes = jax.grad(lambda p: sum(m.sum for m in objective(p, batch, KEY).metrics.values()))(params)
+    slopes = jax.jit(jax.grad(lambda p: sum(m.sum for m in objective(p, batch, KEY).metrics.values())))(params)
     chex.assert_trees_all_equal(slopes, jax.tree.map(jnp.zeros_like, slopes))
 
 
-def test_same_key_same_terms_under_jit(case):
+def test_same_key_same_terms_under_jit_and_without(case):
     objective, params, batch = case
-    chex.assert_trees_all_close(jax.jit(objective)(params, batch, KEY), objective(params, batch, KEY), rtol=2e-5)
+    with jax.disable_jit():
+        eager = objective(params, batch, KEY)
+    chex.assert_trees_all_close(objective(params, batch, KEY), eager, rtol=2e-5)
 
 
 def test_nothing_to_learn_from_is_zero_and_finite(case):
     objective, params, batch = case
     empty = jax.tree.map(jnp.zeros_like, batch)
     total = lambda p: sum(term.sum for term in objective(p, empty, KEY).losses.values())
-    value, slopes = jax.value_and_grad(total)(params)
+    value, slopes = jax.jit(jax.value_and_grad(total))(params)
     assert value == 0
     chex.assert_trees_all_equal(slopes, jax.tree.map(jnp.zeros_like, slopes))
