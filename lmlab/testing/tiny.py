@@ -155,6 +155,7 @@ def all_sequences(vocab: int, length: int) -> Array:
     return jnp.asarray(list(itertools.product(range(vocab), repeat=length)), jnp.int32)
 
 
+@partial(jax.jit, static_argnums=(0, 3))
 def sequence_logprobs(lm: LM, params: Params, tokens_BT: Array, prompt: int) -> Array:
     """Log p(tokens after the prompt | prompt) of whole sequences [B], by one full forward pass."""
     hidden_BTD, _ = lm.apply(params, tokens_BT[:, :-1])

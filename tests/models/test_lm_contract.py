@@ -40,7 +40,7 @@ def logits(lm: LM, params: Params, tokens_BT: jax.Array) -> jax.Array:
 
 
 def alone(lm: LM, params: Params, text_N: jax.Array) -> jax.Array:
-    """Hidden vectors [N, D] of a text by itself, in rows of the length that all tests share: what follows is not seen."""
+    """Hidden vectors [N, D] of a text by itself, in rows of the length all tests share; what follows is not seen."""
     row_T = jnp.zeros(T, jnp.int32).at[: len(text_N)].set(text_N)
     return lm.apply(params, jnp.stack([row_T, row_T]))[0][0, : len(text_N)]
 

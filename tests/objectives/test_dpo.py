@@ -32,10 +32,15 @@ def batch_of(rows, batch_size=0):
     return jax.tree.map(jnp.asarray, preferences_of(rows, range(rows.rows), batch_size or rows.rows))
 
 
+@partial(jax.jit, static_argnums=0)
+def sums(lm, params, answers):
+    """Log-probabilities [B, S] of answers."""
+    return answer_sums(answer_logprobs(lm, params, answers, 4), answers)
+
+
 def sums_of(lm, params, rows):
     """[pairs, 2] of the log-probabilities that rows of any layout give."""
-    answers = batch_of(rows).answers
-    sums_BS = np.asarray(jax.jit(lambda p: answer_sums(answer_logprobs(lm, p, answers, 4), answers))(params))
+    sums_BS = np.asarray(sums(lm, params, batch_of(rows).answers))
     found = np.zeros((len(rows.pairs), 2))
     for row in range(rows.rows):
         held = rows.pairs_of(row)
@@ -101,6 +106,7 @@ def test_the_logits_of_a_batch_are_never_held():
     assert max(sizes) <= max(widest, 4096 * 16)
 
 
+@partial(jax.jit, static_argnums=0)
 def value(objective, params, batch):
     terms = objective(params, batch, KEY)
     return total_loss(terms, {name: term.weight for name, term in terms.losses.items()})
@@ -114,7 +120,7 @@ def test_at_the_reference_the_loss_is_log_two_and_the_gradient_half_beta_of_both
     chex.assert_trees_all_equal(slopes.pop(REFERENCE), jax.tree.map(jnp.zeros_like, PARAMS))
 
     def towards(params):
-        sums_BS = answer_sums(answer_logprobs(LM, params, batch.answers), batch.answers)
+        sums_BS = sums(LM, params, batch.answers)
         gap_BP = sums_BS[:, 1::2] - sums_BS[:, 0::2]
         return 0.5 * beta * jnp.sum(batch.weights_BP * gap_BP) / jnp.sum(batch.weights_BP)
 
@@ -187,14 +193,14 @@ def test_the_tail_of_the_longer_answer_weighs_less():
 
 def test_metrics_by_hand():
     batch = random_preferences()
-    sums = answer_sums(answer_logprobs(LM, PARAMS, batch.answers), batch.answers)
+    sums_BS = sums(LM, PARAMS, batch.answers)
     # One pair without a margin counts half.
-    batch = batch.replace(reference_BS=batch.reference_BS.at[0, :2].set(sums[0, :2]))
+    batch = batch.replace(reference_BS=batch.reference_BS.at[0, :2].set(sums_BS[0, :2]))
     metrics = {
         name: float(ratio.sum / ratio.weight)
         for name, ratio in dpo(LM, sigmoid, 0.5)(PARAMS, batch, KEY).metrics.items()
     }
-    ratios, weights = np.asarray(sums - batch.reference_BS), np.asarray(batch.weights_BP)
+    ratios, weights = np.asarray(sums_BS - batch.reference_BS), np.asarray(batch.weights_BP)
     margins = 0.5 * (ratios[:, 0::2] - ratios[:, 1::2])
     mean = lambda values: (weights * values).sum() / weights.sum()
     assert metrics["margin"] == pytest.approx(mean(margins), rel=1e-4)
@@ -204,7 +210,7 @@ def test_metrics_by_hand():
     assert metrics["reward/chosen"] == pytest.approx(mean(0.5 * ratios[:, 0::2]), rel=1e-4)
     assert metrics["reward/rejected"] == pytest.approx(mean(0.5 * ratios[:, 1::2]), rel=1e-4)
     lengths = np.asarray(answer_lengths(batch.answers))[:, 0::2]
-    chosen = np.asarray(sums)[:, 0::2]
+    chosen = np.asarray(sums_BS)[:, 0::2]
     assert metrics["nll/chosen"] == pytest.approx(-(weights * chosen).sum() / (weights * lengths).sum(), rel=1e-5)
 
 
@@ -212,7 +218,7 @@ def test_kto_is_the_loss_of_the_paper_on_answers_and_answers_to_other_prompts():
     batch = random_preferences()
     batch = batch.replace(targets_BP=jnp.asarray([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 1.0]]))
     terms = kto_objective(LM, 0.5, lambdas=(1.0, 1.5))(PARAMS, batch, KEY)
-    ratios = answer_sums(answer_logprobs(LM, PARAMS, batch.answers), batch.answers) - batch.reference_BS
+    ratios = sums(LM, PARAMS, batch.answers) - batch.reference_BS
     weights = batch.weights_BP
     anchor = jnp.maximum(0.5 * jnp.sum(weights * ratios[:, 1::2]) / jnp.sum(weights), 0)
     wanted = jnp.sum(weights * kto(ratios[:, 0::2], batch.targets_BP > 0.5, anchor, 0.5, (1.0, 1.5)))
@@ -227,11 +233,11 @@ def test_log_probabilities_of_long_answers_under_bfloat16_are_added_up_in_float3
     half = tiny_lm(max_length=512, execution=ExecutionConfig(compute_dtype="bfloat16"))
     full = tiny_lm(max_length=512)
     params, batch = full.init(KEY), batch_of(rows)
-    sums = [answer_sums(answer_logprobs(lm, params, batch.answers), batch.answers) for lm in (half, full)]
-    assert sums[0].dtype == jnp.float32
+    rough, exact = (sums(lm, params, batch.answers) for lm in (half, full))
+    assert rough.dtype == jnp.float32
     # Some 290 nats each: sums in bfloat16 would be off by whole nats, hidden states of bfloat16 by hundredths.
-    assert float(jnp.abs(sums[0] - sums[1]).max()) < 0.1
-    assert float(sums[1].min()) < -250
+    assert float(jnp.abs(rough - exact).max()) < 0.1
+    assert float(exact.min()) < -250
 
 
 def test_a_still_reference_beside_the_policy_trains_as_a_stored_one():
@@ -259,7 +265,7 @@ def test_a_margin_is_asked_for_beside_the_difference():
     batch = random_preferences()
     margins = jnp.linspace(-1.0, 2.0, batch.margins_BP.size).reshape(batch.margins_BP.shape)
     found = dpo(LM, sigmoid, 0.5)(PARAMS, batch.replace(margins_BP=margins), KEY).losses["preference"]
-    ratios = answer_sums(answer_logprobs(LM, PARAMS, batch.answers), batch.answers) - batch.reference_BS
+    ratios = sums(LM, PARAMS, batch.answers) - batch.reference_BS
     wanted = -jax.nn.log_sigmoid(0.5 * (ratios[:, 0::2] - ratios[:, 1::2]) - margins)
     assert float(found.sum) == pytest.approx(float(jnp.sum(batch.weights_BP * wanted)), rel=1e-5)
 
@@ -279,9 +285,9 @@ def test_a_target_of_nothing_is_the_pair_turned_round():
 
 def test_the_sft_term_by_hand():
     batch = random_preferences()
-    sums, weights = answer_sums(answer_logprobs(LM, PARAMS, batch.answers), batch.answers), batch.weights_BP
+    sums_BS, weights = sums(LM, PARAMS, batch.answers), batch.weights_BP
     terms = dpo(LM, sigmoid, 0.3, sft=0.7, tail=0.2)(PARAMS, batch, KEY)
     # A mean over all tokens of preferred answers, whatever the tail weighs elsewhere.
-    wanted = -jnp.sum(weights * sums[:, 0::2]), jnp.sum(weights * answer_lengths(batch.answers)[:, 0::2])
+    wanted = -jnp.sum(weights * sums_BS[:, 0::2]), jnp.sum(weights * answer_lengths(batch.answers)[:, 0::2])
     chex.assert_trees_all_close(tuple(jax.tree.leaves(terms.losses["sft"])), wanted, rtol=1e-5)
     assert terms.scales["sft"] == 0.7
