@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,18 +27,23 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code, see `exit_code`."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a model may write what the terminal has no letters for
+        sys.stdout.reconfigure(errors="backslashreplace")
     return exit_code(lambda: _dispatch(words))
 
 
 def exit_code(command: Callable[[], int], name: str = "lmlab") -> int:
     """What the command returns, or 2: input that cannot be used, 130: interrupted, 141: nobody reads the output."""
     try:
-        return command()
+        code = command()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; run the same command to go on", file=sys.stderr)
+        print(f"{name}: interrupted; run the same command again", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output has left; Python would complain again at exit.

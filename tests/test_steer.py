@@ -157,24 +157,26 @@ def test_a_program_that_cannot_be_met_is_an_outcome(there, capsys):
     assert "--unfinished drop leaves none" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("program", ["mask.py", "pairs.py"])
-def test_a_signal_ends_it_with_what_there_is(there, capsys, monkeypatch, program):
+@pytest.mark.parametrize(("program", "number"), [("mask.py", signal.SIGINT), ("pairs.py", signal.SIGTERM)])
+def test_a_signal_ends_it_with_what_there_is(there, capsys, monkeypatch, program, number):
     update = Watch.update
 
     def interrupting(self, made, *rest):
         update(self, made, *rest)
         if made == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(Watch, "update", interrupting)
-    assert main([*WORDS, "--program", program, "--method", "steer"]) == 130
+    assert main([*WORDS, "--program", program, "--method", "steer"]) == 128 + number
     # It is heard after the next round.
-    assert "stopped by SIGINT after round 2" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"stopped by {number.name} after round 2" in out
+    assert "the first 2 rounds of the model" in out
     trace, page = strict(there / "s")
     check_trace(trace)
-    assert trace["stopped_by"] == "SIGINT"
+    assert trace["stopped_by"] == number.name
     assert len(trace["rounds"]) == 2
-    assert "stopped by SIGINT after 2 rounds" in page
+    assert f"stopped by {number.name} after 2 rounds" in page
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -250,6 +252,9 @@ RUDE = [
     (["out", "--program", "tiny.py"], ("program", "function program(tokenizer)")),
     (["out", "--program", "wrong.py"], ("program", "not int")),
     (["out", "--program", "nan.py"], ("weights", "NaN")),
+    (["out", "--program", "inf.py"], ("weights", "inf", "numbers")),
+    (["out", "--program", "forbid:\udcff"], ("--program", "UTF-8")),
+    (["out", "--prompt", "\udcff"], ("--prompt", "UTF-8")),
     (["out", "--prompt", "a", "b"], ("--prompt", "1, one for each context")),
     (["out", "--prompt", "a" * 30], ("prompt", "max_length = 32")),
     (["out", "--tokens", "0"], ("--tokens", "at least 1")),
@@ -270,6 +275,7 @@ RUDE = [
 def test_rude_input_gets_one_line_and_leaves_nothing(there, capsys, words, said):
     (there / "wrong.py").write_text("def program(tokenizer):\n    return 1\n")
     (there / "nan.py").write_text(DIES.replace("p.condition(count < 2)", "p.score(jnp.nan)"))
+    (there / "inf.py").write_text(DIES.replace("p.condition(count < 2)", "p.score(jnp.inf)"))
     out = [] if "--out" in words else ["--out", "s"]
     tokens = [] if "--tokens" in words else ["--tokens", "6"]
     before = sorted(os.listdir(there / "out"))

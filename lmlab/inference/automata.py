@@ -157,14 +157,13 @@ def _alive(next_QV: np.ndarray, accepts_Q: np.ndarray, ends: bool, tokens: int |
     The last states are those of texts that have ended, and of those with no way to go on.
     """
     states = len(accepts_Q)
-    moves_SS = np.zeros((states + 2, states + 2), bool)
-    moves_SS[states, states] = True
-    for state in range(states):
-        moves_SS[state, next_QV[state]] = True
-    moves_SS[:, -1] = False
+    # Each move between two states once; a text that has ended stays where it is.
+    after = [moves[moves >= 0] for moves in map(np.unique, next_QV)] + [np.asarray([states])]
+    from_M, to_M = np.repeat(np.arange(states + 1), list(map(len, after))), np.concatenate(after)
     alive = [np.append(accepts_Q & (not ends), [True, False])]
     while tokens is None or len(alive) <= tokens:
-        more_S = np.any(moves_SS & alive[-1], axis=1)
+        more_S = np.zeros(states + 2, bool)
+        more_S[from_M[alive[-1][to_M]]] = True
         if tokens is None:
             more_S |= alive[-1]
             if np.array_equal(more_S, alive[-1]):

@@ -98,8 +98,8 @@ class Context:
         return NextToken(self)
 
     def mask(self, allowed_V: Array) -> "Mask":
-        """Whether the next token is one of these, bool [V]. Tokens beyond the end of the mask are neither these nor the
-        others: models have more logits than their tokenizers tokens, where that made their arrays rounder.
+        """Whether the next token is one of these, bool [V]. Tokens beyond the end of the mask are not: models have more
+        logits than their tokenizers tokens, where that made their arrays rounder.
         """
         fine = allowed_V.dtype == bool and allowed_V.ndim == 1 and len(allowed_V) <= len(self.logprobs_V)
         check(fine, "mask", f"{allowed_V.dtype}{list(allowed_V.shape)}",
@@ -152,8 +152,8 @@ class Mask:
         self.context.logprobs_V, self.context.log_mass = left_V, _log_sum(left_V)
 
     def _left(self, value: Array | bool) -> Array:
-        side_V = jnp.pad(self.allowed_V == value, (0, len(self.context.logprobs_V) - len(self.allowed_V)))
-        return jnp.where(side_V, self.context.logprobs_V, -jnp.inf)
+        allowed_V = jnp.pad(self.allowed_V, (0, len(self.context.logprobs_V) - len(self.allowed_V)))
+        return jnp.where(allowed_V == value, self.context.logprobs_V, -jnp.inf)
 
 
 def draw_token(key: Key, logits_V: Array) -> Array:

@@ -16,6 +16,9 @@ from lmlab.inference.smc import Population
 from lmlab.inference.text import TextCodec, continuation
 from lmlab.inference.texts import Texts
 
+REPLACEMENT = "\ufffd"
+"""What decoding writes for bytes that are no text."""
+
 
 @dataclass(frozen=True)
 class WeighedText:
@@ -37,27 +40,37 @@ def written(state: Any) -> Texts:
 
 def particle_texts(codec: TextCodec, prompt: np.ndarray, texts: Texts) -> list[str]:
     """The text of each particle after the prompt of context 0, int32 [n]."""
+    return [continuation(codec, prompt, tokens) for tokens in particle_tokens(texts)]
+
+
+def particle_tokens(texts: Texts) -> list[np.ndarray]:
+    """What each particle has written, int32 [n]."""
     tokens_PS, length_P = np.asarray(texts.tokens_PS), np.asarray(texts.length_P)
-    return [continuation(codec, prompt, row[:size]) for row, size in zip(tokens_PS, length_P, strict=True)]
+    return [row[:size] for row, size in zip(tokens_PS, length_P, strict=True)]
 
 
 def posterior(codec: TextCodec, prompt: np.ndarray, particles: Population) -> list[WeighedText]:
     """Texts by their probability, most probable first; nothing where all particles are dead.
 
-    Equal texts are one, though they may be of different tokens; one that is finished is another than one that is not.
+    Equal texts are one, though they may be of different tokens, unless they hold bytes that are no text, which all look
+    alike; one that is finished is another than one that is not.
     """
     state = written(particles.state)
-    return merged(particle_texts(codec, prompt, state), state.finished_P, particles.log_weight_P)
+    texts = particle_texts(codec, prompt, state)
+    return merged(texts, particle_tokens(state), state.finished_P, particles.log_weight_P)
 
 
-def merged(texts: Sequence[str], finished_P: Any, log_weight_P: Any) -> list[WeighedText]:
-    """The same from the texts of the particles."""
-    found: dict[tuple[str, bool], list[float]] = {}
+def merged(
+    texts: Sequence[str], tokens: Sequence[np.ndarray], finished_P: Any, log_weight_P: Any
+) -> list[WeighedText]:  # fmt: skip
+    """The same from the texts of the particles and their tokens."""
+    found: dict[tuple[str, bytes, bool], list[float]] = {}
     share_P = np.asarray(shares(jnp.asarray(log_weight_P, jnp.float32)))
-    for text, finished, share in zip(texts, np.asarray(finished_P), share_P, strict=True):
+    for text, spelled, finished, share in zip(texts, tokens, np.asarray(finished_P), share_P, strict=True):
         if share > 0:
-            found.setdefault((text, bool(finished)), []).append(float(share))
-    weighed = [WeighedText(text, sum(parts), len(parts), finished) for (text, finished), parts in found.items()]
+            unsure = spelled.tobytes() if REPLACEMENT in text else b""
+            found.setdefault((text, unsure, bool(finished)), []).append(float(share))
+    weighed = [WeighedText(text, sum(parts), len(parts), finished) for (text, _, finished), parts in found.items()]
     return sorted(weighed, key=lambda one: -one.probability)
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lmlab.core.types import Array, Key
-from lmlab.inference.distributions import normalised
+from lmlab.inference.distributions import normalised, safe_log
 from lmlab.inference.programs import Particle
 
 Accept: TypeAlias = Callable[[Array], Array]
@@ -49,17 +49,19 @@ def weighted_rejection(key: Key, logits_V: Array, accept: Accept) -> tuple[Array
     # Perturbed log-probabilities, largest first, are draws without replacement (Gumbel).
     order_V = jnp.argsort(-(logprobs_V + jax.random.gumbel(key, logprobs_V.shape)))
     mass_V = jnp.exp(logprobs_V[order_V])
-    left_V = jnp.cumsum(mass_V[::-1])[::-1]
-    share_V = jnp.where(mass_V > 0, jnp.minimum(mass_V / jnp.where(mass_V > 0, left_V, 1), 1), 0)
+    # What is left before each draw and after all, summed from its small end: 1 less a share that is nearly 1 would lose
+    # all of its digits.
+    log_left_V1 = safe_log(jnp.append(jnp.cumsum(mass_V[::-1])[::-1], 0))
     some = jnp.sum(mass_V > 0)
 
     def ask(search: Search) -> Search:
         at = jnp.minimum(search.asked, len(order_V) - 1)
         drawn = search.asked < some
         fine = drawn & accept(order_V[at].astype(jnp.int32))
-        gain = jnp.where(drawn & ~fine & ~search.accepted, jnp.log1p(-share_V[at]), 0.0)
+        gain = jnp.where(drawn & ~fine & ~search.accepted, log_left_V1[at + 1] - log_left_V1[at], 0.0)
         # Where nothing else is left to be drawn the share of the accepted token is 1.
-        gain += jnp.where(search.accepted & ~fine, jnp.log(share_V[search.place]), 0.0)
+        share = safe_log(mass_V[search.place]) - log_left_V1[search.place]
+        gain += jnp.where(search.accepted & ~fine, share, 0.0)
         return Search(
             asked=search.asked + 1, log_weight=search.log_weight + gain,
             place=jnp.where(fine & ~search.accepted, at, search.place), accepted=search.accepted | fine,

@@ -18,6 +18,7 @@ def steer(args: Steer) -> int:
     from lmlab.report.folder import open_folder
     from lmlab.steering.programs import Setting, find_program
     from lmlab.train.folder import is_run
+    from lmlab.train.loop import stop_signals
 
     source = Path(args.model)
     build = find_program(args.program, args.temperature)
@@ -28,8 +29,9 @@ def steer(args: Steer) -> int:
     codec = tokenizer_of(model)
     program = build(Setting(codec, args.prompt, args.tokens, model.config.vocab_size))
     open_folder(folder)
-    outcome = watched(model, program, codec, encode_prompts(codec, args.prompt), args)
-    write(outcome, codec, args, folder)
+    with stop_signals() as asked:  # until the folder is written
+        outcome = watched(model, program, codec, encode_prompts(codec, args.prompt), args, asked)
+        write(outcome, codec, args, folder)
     if outcome.stopped_by:
         return 128 + signal.Signals[outcome.stopped_by]
     return 0 if outcome.posterior else 1
@@ -45,8 +47,8 @@ def driver_of(args: Steer) -> Any:
     return standard(getattr(resampling, args.scheme), args.threshold)
 
 
-def watched(model: Any, program: Any, codec: Any, prompts: list[Any], args: Steer) -> Any:
-    """The outcome of all rounds, or of those until a signal; each is shown when it is made."""
+def watched(model: Any, program: Any, codec: Any, prompts: list[Any], args: Steer, asked: list[str]) -> Any:
+    """The outcome of all rounds, or of those until a signal is in `asked`; each is shown when it is made."""
     import jax
     import numpy as np
 
@@ -55,17 +57,17 @@ def watched(model: Any, program: Any, codec: Any, prompts: list[Any], args: Stee
     from lmlab.inference.texts import infer
     from lmlab.steering.rounds import conclude, read_round
     from lmlab.steering.watch import Watch
-    from lmlab.train.loop import stop_signals
 
     rounds: list[Any] = []
-    with stop_signals() as asked, Watch(args.tokens) as watch:
+    with Watch(args.tokens) as watch:
         for particles in infer(
             model.lm, model.params, program, prompts, jax.random.key(args.seed), driver_of(args),
             particles=args.particles, tokens=args.tokens, stride=1, stop=lambda: bool(asked),
         ):  # fmt: skip
             rounds.append(read_round(particles, rounds[-1] if rounds else None))
-            broken = np.isnan(rounds[-1].log_weight_P).any()
-            check(not broken, "weights", "NaN", "numbers", "The model's logits, or what the program scores, are none.")
+            fine_P = rounds[-1].log_weight_P < np.inf  # which NaN is not either
+            check(fine_P.all(), "weights", "NaN or inf", "numbers",
+                  "The model's logits, or what the program scores, are none.")  # fmt: skip
             watch.update(len(rounds), rounds[-1], partial(particle_texts, codec, prompts[0], written(particles.state)))
     over = len(rounds) == args.tokens or bool(particles.done_P.all())
     stopped_by = "" if over or not asked else asked[0]
@@ -75,7 +77,7 @@ def watched(model: Any, program: Any, codec: Any, prompts: list[Any], args: Stee
 
 
 def write(outcome: Any, codec: Any, args: Steer, folder: Path) -> None:
-    """The result on standard output, then the folder, both files or none."""
+    """The folder, both files or none, then the result on standard output, which may be gone."""
     import jax
 
     from lmlab.inference.posterior import draw_text
@@ -86,14 +88,13 @@ def write(outcome: Any, codec: Any, args: Steer, folder: Path) -> None:
 
     key = jax.random.fold_in(jax.random.key(args.seed), args.tokens)
     drawn = draw_text(key, outcome.posterior) if outcome.posterior else None
-    say(summary(outcome, args, drawn))
     files = {
         folder / "trace.json": write_trace(outcome, codec, args, drawn).encode(),
         folder / "report.html": render_page(outcome, codec, args).encode(errors="replace"),
     }
     with writing(folder):
         replace_all(files)
-    say("\n".join(["", *(f"{path.name:12s} {path.resolve()}" for path in files)]))
+    say("\n".join([summary(outcome, args, drawn), "", *(f"{path.name:12s} {path.resolve()}" for path in files)]))
 
 
 def say(text: str) -> None:

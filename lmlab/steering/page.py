@@ -22,7 +22,7 @@ from lmlab.report.plots import HELD_OUT, INK, STYLE, TRAIN
 from lmlab.steering.config import Steer
 from lmlab.steering.layout import MOST_COLUMNS, MOST_ROWS
 from lmlab.steering.rounds import Outcome
-from lmlab.steering.told import anew_label, failure, meaning, number, plain
+from lmlab.steering.told import anew_label, failure, meaning, number, plain, speed
 from lmlab.steering.tree import draw_tree
 
 FIRST, SHOWN = 10, 200
@@ -40,8 +40,8 @@ def render_page(outcome: Outcome, codec: TextCodec, args: Steer) -> str:
     return page_template("steering.html.jinja").render(
         name=Path(args.model).resolve().name, program=args.program, prompts=outcome.prompts,
         tiles=_tiles(outcome, args), status=_status(outcome, args), caution=failure(outcome, args),
-        meaning=meaning(args), texts=texts[:FIRST], others=texts[FIRST:SHOWN], more=len(texts) - SHOWN, tree=tree,
-        svg=Markup(tree.svg), cut=_cut(outcome), marks=args.method == "smc",
+        meaning=meaning(outcome, args), texts=texts[:FIRST], others=texts[FIRST:SHOWN], more=len(texts) - SHOWN,
+        tree=tree, svg=Markup(tree.svg), cut=_cut(outcome), marks=args.method == "smc",
         data=Markup(data.replace("<", "\\u003c")), plots=drawn,
         settings=[(field, json.dumps(value)) for field, value in to_json(args).items() if field != CLASS],
     )  # fmt: skip
@@ -63,14 +63,13 @@ def _status(outcome: Outcome, args: Steer) -> str:
 def _tiles(outcome: Outcome, args: Steer) -> list[tuple[str, str]]:
     """Key figures as (label, text)."""
     finished = int(np.sum(outcome.finished_P & (outcome.share_P > 0)))
-    speed = f"{outcome.written / outcome.seconds:,.0f}" if outcome.seconds > 0 and outcome.written else ""
     tiles = [
         (f"log Z (Z = {plain(outcome.log_evidence):.3g})", number(outcome.log_evidence)),
         ("effective size", f"{outcome.effective:.1f} of {args.particles}"),
         ("different texts", f"{len(outcome.posterior)}"),
         ("finished particles that count", f"{finished}"),
         (anew_label(args), f"{sum(outcome.anew)} of {len(outcome.rounds)}"),
-        ("tokens per second, all particles", speed),
+        ("tokens per second, all particles", speed(outcome)),
     ]
     return [(label, text) for label, text in tiles if text]
 

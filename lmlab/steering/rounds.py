@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from lmlab.core.types import Array
-from lmlab.inference.posterior import WeighedText, merged, particle_texts, written
+from lmlab.inference.posterior import WeighedText, merged, particle_texts, particle_tokens, written
 from lmlab.inference.resampling import effective_size
 from lmlab.inference.smc import Population
 from lmlab.inference.text import TextCodec
@@ -116,7 +116,7 @@ def conclude(
     return Outcome(
         prompts=shown, rounds=rounds, texts=each, finished_P=finished_P, log_weight_P=log_weight_P,
         share_P=share_P, log_evidence=float(log_evidence), effective=float(effective),
-        posterior=merged(each, finished_P, log_weight_P),
+        posterior=merged(each, particle_tokens(texts), finished_P, log_weight_P),
         moves_TPK=None if moves is None else moves[:made], child_weight_TPK=history.child_weight_TPK[:made],
         kept_weight_TP=history.log_weight_TP[:made],
         child_effective_T=history.effective_T[:made], seconds=seconds, stopped_by=stopped_by,

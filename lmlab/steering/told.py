@@ -25,10 +25,16 @@ def plain(log_value: float) -> float:
     return math.exp(log_value) if log_value < 700 else math.inf
 
 
-def meaning(args: Steer) -> str:
+def meaning(outcome: Outcome, args: Steer) -> str:
     """What Z estimates."""
-    texts = f"texts that end within {args.tokens}" if args.unfinished == "drop" else f"the first {args.tokens}"
-    return f"the mean weight that the program gives {texts} tokens of the model: of a constraint, how often it is met"
+    span = f"{len(outcome.rounds)} rounds" if outcome.stopped_by else f"{args.tokens} tokens"
+    texts = f"texts that end within {span}" if args.unfinished == "drop" else f"the first {span}"
+    return f"the mean weight that the program gives {texts} of the model: of a constraint, how often it is met"
+
+
+def speed(outcome: Outcome) -> str:
+    """Tokens per second over all particles, after the first round, which compiles; empty where nothing was written."""
+    return f"{outcome.written / outcome.seconds:,.0f}" if outcome.seconds > 0 and outcome.written else ""
 
 
 def anew_label(args: Steer) -> str:
@@ -42,10 +48,9 @@ def failure(outcome: Outcome, args: Steer) -> str:
         return ""
     last = outcome.rounds[-1]
     if last.share_P.any():
-        return (
-            f"No particle has come to its end within {args.tokens} tokens, so --unfinished drop leaves none: "
-            "raise --tokens, or keep them."
-        )
+        within = f"before {outcome.stopped_by}" if outcome.stopped_by else f"within {args.tokens} tokens"
+        what = "" if outcome.stopped_by else "raise --tokens, or "
+        return f"No particle has come to its end {within}, so --unfinished drop leaves none: {what}keep them."
     place = int(last.length_P.max()) + 1
     return (
         f"All {args.particles} particles are dead after round {len(outcome.rounds)}, at token {place} of the text: "
@@ -60,12 +65,13 @@ def summary(outcome: Outcome, args: Steer, drawn: WeighedText | None) -> str:
     lines = [stopped] if outcome.stopped_by else []
     evidence = number(outcome.log_evidence)
     lines += [f"log Z           {evidence}" + (f"   (Z = {plain(outcome.log_evidence):.3g})" if drawn else "")]
-    lines += [f"                Z estimates {meaning(args)}"]
+    lines += [f"                Z estimates {meaning(outcome, args)}"]
     lines += [
         f"effective size  {outcome.effective:.1f} of {args.particles} particles",
         f"{anew_label(args)}: {resampled} of {made}",
-        f"speed           {outcome.written / max(outcome.seconds, 1e-9):,.0f} tokens per second over all particles",
     ]
+    if speed(outcome):
+        lines += [f"speed           {speed(outcome)} tokens per second over all particles"]
     if drawn is None:
         return "\n".join([*lines, "", failure(outcome, args)])
     count = len(outcome.posterior)

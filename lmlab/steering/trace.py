@@ -22,7 +22,8 @@ def write_trace(outcome: Outcome, codec: TextCodec, args: Steer, drawn: WeighedT
     """The content of trace.json."""
     data = {
         "settings": to_json(args), "prompts": outcome.prompts, "stopped_by": outcome.stopped_by or None,
-        "failure": failure(outcome, args) or None, "log_evidence": outcome.log_evidence, "evidence_is": meaning(args),
+        "failure": failure(outcome, args) or None, "log_evidence": outcome.log_evidence,
+        "evidence_is": meaning(outcome, args),
         "effective_size": outcome.effective, "posterior": [asdict(one) for one in outcome.posterior],
         "drawn": None if drawn is None else drawn.text, "particles": _particles(outcome),
         "rounds": [_round(outcome, number) for number in range(len(outcome.rounds))], "pieces": _pieces(outcome, codec),

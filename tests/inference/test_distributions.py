@@ -28,6 +28,7 @@ CASES = {
     "once": (lambda: Geometric(1.0), [0, 1, 0, 0]),
     "next_token": (lambda: Context(normalised(LOGITS)).next_token(), SHARES),
     "mask": (lambda: Context(normalised(LOGITS)).mask(ALLOWED), [SHARES[2:].sum(), SHARES[:2].sum()]),
+    "shorter_mask": (lambda: Context(normalised(LOGITS)).mask(ALLOWED[:3]), [SHARES[2:].sum(), SHARES[:2].sum()]),
     "all": (lambda: Context(normalised(LOGITS)).mask(jnp.ones(4, bool)), [0, 1]),
     "allowed": (lambda: masked(True), [1, 0, 0, 0]),
     "forbidden": (lambda: masked(False), [0, 0, SHARES[2] / SHARES[2:].sum(), SHARES[3] / SHARES[2:].sum()]),

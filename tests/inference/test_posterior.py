@@ -17,7 +17,8 @@ from lmlab.testing.tiny import tiny_lm
 def test_equal_texts_are_one_and_the_dead_are_none():
     weights = np.log([1, 2, 3, 4, 1e-30])
     weights[4] = -np.inf
-    found = merged(["a", "b", "a", "a", "c"], [True, True, True, False, True], weights)
+    tokens = [np.asarray([i]) for i in range(5)]
+    found = merged(["a", "b", "a", "a", "c"], tokens, [True, True, True, False, True], weights)
     assert [(one.text, one.finished, one.particles) for one in found] == [
         ("a", True, 2),
         ("a", False, 1),
@@ -26,7 +27,10 @@ def test_equal_texts_are_one_and_the_dead_are_none():
     np.testing.assert_allclose([one.probability for one in found], [0.4, 0.4, 0.2], rtol=1e-5)
     drawn = [draw_text(jax.random.key(i), found) for i in range(200)]
     assert 0.1 < sum(one.text == "b" for one in drawn) / 200 < 0.3
-    assert merged(["a"], [True], [-np.inf]) == []
+    assert merged(["a"], tokens[:1], [True], [-np.inf]) == []
+    # Bytes that are no text are shown alike; they are not.
+    found = merged(["\ufffd"] * 3, [tokens[0], tokens[1], tokens[1]], [True] * 3, np.zeros(3))
+    assert [one.particles for one in found] == [2, 1]
     with pytest.raises(UserError, match="alive"):
         draw_text(jax.random.key(0), [])
 

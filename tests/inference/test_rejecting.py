@@ -66,6 +66,18 @@ def test_weighted_draws_are_those_of_the_mask(allowed):
         assert token is None or int(tokens[i]) == token
 
 
+@pytest.mark.parametrize("gap", [10.0, 18.0, 40.0])
+def test_the_mass_is_right_where_the_model_is_sure_of_what_is_refused(gap):
+    logits_V = jnp.asarray([gap, 0.0, -1.0, -1.0])
+    keys = jax.random.split(jax.random.key(1), 4000)
+    draw = lambda key: weighted_rejection(key, logits_V, lambda token: (token == 1) | (token == 2))
+    masses = np.exp(np.asarray(jax.jit(jax.vmap(draw))(keys)[1], float))
+    exact = np.exp(np.asarray(logits_V, float))
+    wanted = exact[1:3].sum() / exact.sum()
+    assert abs(masses.mean() - wanted) < 4 * masses.std() / len(keys) ** 0.5
+    assert masses.min() > 0
+
+
 def test_tokens_of_no_probability_are_never_asked_about():
     logits_V = jnp.asarray([-jnp.inf, 0.0, -jnp.inf, 0.0])
     token, log_mass = weighted_rejection(jax.random.key(0), logits_V, lambda token: (token == 0) | (token == 2))

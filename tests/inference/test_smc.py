@@ -55,11 +55,11 @@ Z = WEIGHTS.sum()
 
 
 @cache
-def many(name):
+def many(name, runs=RUNS):
     """`many(name)(tables, key)`: all runs of a driver, one compilation for all tables."""
     driver, particles = DRIVERS[name]
     one = lambda tables, key: run(BIGRAMS, driver, tables, starting(particles), key, LONGEST)
-    return jax.jit(lambda tables, key: jax.vmap(one, (None, 0))(tables, jax.random.split(key, RUNS)))
+    return jax.jit(lambda tables, key: jax.vmap(one, (None, 0))(tables, jax.random.split(key, runs)))
 
 
 @cache
@@ -85,6 +85,13 @@ def test_the_mean_weight_is_unbiased_and_so_is_every_texts(name):
         assert often_X.sum() >= 3
         assert np.abs(errors(share_RX, WEIGHTS)[often_X]).max() < 4.5, proposal  # of 900 such numbers
         assert not share_RX[:, WEIGHTS == 0].any()
+
+
+@pytest.mark.parametrize("name", ["steering_2_3", "steering_5_3", "systematic_0.5_5"])
+def test_ten_thousand_runs_have_no_bias(name):
+    found = np.exp(many(name, 10_000)(PROPOSALS["ahead"], jax.random.key(99)).log_evidence)
+    assert abs(errors(found, Z)) < 3
+    assert 3 * found.std() / len(found) ** 0.5 < 0.03 * Z  # a bias of so much would be seen
 
 
 @pytest.mark.parametrize("name", ["steering_5_3", "systematic_0.5_5", "systematic_1.0_2"])
