@@ -27,13 +27,13 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code, see `exit_code`."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a model may write what the terminal has no letters for
-        sys.stdout.reconfigure(errors="backslashreplace")
     return exit_code(lambda: _dispatch(words))
 
 
 def exit_code(command: Callable[[], int], name: str = "lmlab") -> int:
     """What the command returns, or 2: input that cannot be used, 130: interrupted, 141: nobody reads the output."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a model may write what the terminal has no letters for
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = command()
         if sys.stdout is not None:

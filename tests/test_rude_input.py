@@ -48,6 +48,7 @@ RUDE = [
     Rude("steps to profile backwards", ("profile = '3:2'", "FIRST:LAST"), (*RUN, "--profile", "3:2")),
     Rude("no run there", ("run folder", "config.json"), ("eval", "nowhere")),
     Rude("no run to report", ("run folder", "config.json"), ("report", "nowhere")),
+    Rude("prompt of no text", ("--prompt", "UTF-8"), ("generate", "out", "--prompt", "\udcff"), fresh=False),
     Rude("negative temperature", ("temperature", "-1"), ("generate", "out", "--temperature", "-1"), fresh=False),
     Rude("a bucket that is not mounted", ("--out", "gs://"), ("run", "tiny.py", "--out", "gs://bucket/run")),
     Rude("rows that the mesh cannot share", ("batch_size = 4", "= 8"), (*RUN, "--parallel.data", "8")),

@@ -18,3 +18,8 @@ def check(condition: bool, field: str, value: object, expected: str, remedy: str
     """Raise `UserError` unless `condition` holds. For configs and data; never inside jitted code."""
     if not condition:
         raise UserError(field, value, expected, remedy)
+
+
+def check_text(field: str, value: str) -> None:
+    """Raise `UserError` for words of the command line that are not UTF-8: their bytes arrive as surrogates."""
+    check(not any("\ud800" <= letter <= "\udfff" for letter in value), field, value, "text in UTF-8")

@@ -5,6 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
+from lmlab.core.errors import check_text
 from lmlab.core.types import Key, Params
 from lmlab.inference.config import SamplingConfig
 from lmlab.inference.sample import Sample, draw, sample
@@ -35,7 +36,12 @@ class TextCodec(Protocol):
 
 
 def encode_prompts(codec: TextCodec, prompts: Sequence[str]) -> list[np.ndarray]:
-    """A prompt begins as the texts do that the model has learnt from; an empty prompt is a new text."""
+    """A prompt begins as the texts do that the model has learnt from; an empty prompt is a new text.
+
+    Raises `UserError` for one that is no text.
+    """
+    for prompt in prompts:
+        check_text("--prompt", prompt)
     return [np.concatenate([codec.begin_ids, tokens]).astype(np.int32) for tokens in codec.encode_batch(list(prompts))]
 
 

@@ -120,6 +120,7 @@ def decoder_lm(config: DecoderConfig, block: Block) -> LM:
     """The LM record of a decoder of such layers. Raises `UserError` if the vocabulary is not known yet."""
     check(config.vocab_size >= 1, "model.vocab_size", config.vocab_size, "the number of tokens of the tokenizer")
     module = Decoder(config, block)
+    table = "embedding" if config.tied else "unembedding"
 
     def run(params: Params, *args: Any, method: str | None = None) -> Any:
         return module.apply({"params": params}, *args, method=method)
@@ -137,13 +138,8 @@ def decoder_lm(config: DecoderConfig, block: Block) -> LM:
         default, cache, places_BT = enter_tokens(config, cache, positions_BT, segments_BT)
         return run(params, inputs, positions_BT, mask or default, cache, places_BT)
 
-    def head(params: Params) -> Params:
-        name = "embedding" if config.tied else "unembedding"
-        return {name: params[name]}
-
     def logits(params: Params, hidden: Array) -> Array:
-        table_VD = params["embedding" if config.tied else "unembedding"]
-        return config.logit_scale * project(hidden, table_VD.T, TABLE[::-1], 1, jnp.float32)
+        return config.logit_scale * project(hidden, params[table].T, TABLE[::-1], 1, jnp.float32)
 
     def init_cache(batch: int, length: int) -> KVCache:
         check_length(config, length)
@@ -157,13 +153,12 @@ def decoder_lm(config: DecoderConfig, block: Block) -> LM:
             return lm, params
         return _apart(config, block), lay_apart(params, config.layers)  # type: ignore[arg-type]  # a class is hashable
 
-    # One program: operation by operation, a fresh model takes seconds to compile.
-    init = jax.jit(lambda key: nn.unbox(boxed(key)))
     lm = LM(
         config=config, vocab_size=config.vocab_size, max_length=config.max_length,
-        init=init, apply=apply,
+        # One program: operation by operation, a fresh model takes seconds to compile.
+        init=jax.jit(lambda key: nn.unbox(boxed(key))), apply=apply,
         embed=lambda params, tokens_BT: run(params, tokens_BT, method="embed"),
-        head=head, logits=logits, init_cache=init_cache, take_rows=caches.take_rows,
+        head=lambda params: {table: params[table]}, logits=logits, init_cache=init_cache, take_rows=caches.take_rows,
         put_rows=caches.put_rows, rewind=caches.rewind, resize=caches.resize, for_decoding=for_decoding,
         axes=logical_axes(boxed),
     )  # fmt: skip

@@ -27,10 +27,11 @@ def steer(args: Steer) -> int:
           "report.html is written there.")  # fmt: skip
     model = load_model(source, args.dtype)
     codec = tokenizer_of(model)
+    prompts = encode_prompts(codec, args.prompt)
     program = build(Setting(codec, args.prompt, args.tokens, model.config.vocab_size))
     open_folder(folder)
     with stop_signals() as asked:  # until the folder is written
-        outcome = watched(model, program, codec, encode_prompts(codec, args.prompt), args, asked)
+        outcome = watched(model, program, codec, prompts, args, asked)
         write(outcome, codec, args, folder)
     if outcome.stopped_by:
         return 128 + signal.Signals[outcome.stopped_by]

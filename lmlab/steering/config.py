@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from lmlab.core.errors import check
+from lmlab.core.errors import check, check_text
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,7 @@ class Steer:
         """Check the ranges."""
         check(bool(self.program), "--program", self.program, "a program")
         check(bool(self.prompt), "--prompt", self.prompt, "at least one; it may be empty")
-        for name, text in (("--program", self.program), *(("--prompt", text) for text in self.prompt)):
-            # What is not, arrives as surrogates.
-            check(not any("\ud800" <= c <= "\udfff" for c in text), name, ascii(text), "text in UTF-8")
+        check_text("--program", self.program)
         check(self.particles >= 1, "--particles", self.particles, "at least 1")
         check(self.children >= 1, "--children", self.children, "at least 1")
         check(0 <= self.threshold <= 1, "--threshold", self.threshold, "a share in [0, 1]")

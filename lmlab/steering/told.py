@@ -70,8 +70,8 @@ def summary(outcome: Outcome, args: Steer, drawn: WeighedText | None) -> str:
         f"effective size  {outcome.effective:.1f} of {args.particles} particles",
         f"{anew_label(args)}: {resampled} of {made}",
     ]
-    if speed(outcome):
-        lines += [f"speed           {speed(outcome)} tokens per second over all particles"]
+    if fast := speed(outcome):
+        lines += [f"speed           {fast} tokens per second over all particles"]
     if drawn is None:
         return "\n".join([*lines, "", failure(outcome, args)])
     count = len(outcome.posterior)
